@@ -1,0 +1,1 @@
+"""The Beam jobs and the command line over fusion_core."""

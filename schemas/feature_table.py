@@ -1,0 +1,157 @@
+"""The feature table's contract: its spec (table.json), the Arrow schema of its parts, and its manifest records."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import pyarrow as pa
+
+from schemas import records
+from schemas.fuser import FuserSpec
+from schemas.samples import Unit
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+EMBEDDINGS = ("image_embedding", "text_embedding", "fused_embedding")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the tower's input, in open_clip's own terms: resize, crop, then (x / 255 - mean) / std."""
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """Which towers embedded the rows. `model` and `pretrained` say where they were found; the hashes decide."""
+
+    model: str
+    pretrained: str
+    config_sha256: str
+    weights_sha256: str
+    embedding_dim: int
+    precision: Precision
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What decides, beside the shards themselves, which rows come out of them. Columns not named go by convention."""
+
+    image_column: str = ""
+    caption_column: str = ""
+    key_column: str = ""
+    url_column: str = ""
+    max_image_bytes: int = 64 << 20
+    max_pixels: int = 64_000_000
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What a feature table holds (table.json). Two tables with one fingerprint hold the same kind of rows."""
+
+    tower: TowerSpec
+    input: InputSpec = InputSpec()
+    fuser: FuserSpec | None = None
+    schema_version: str = records.VERSION
+
+    @property
+    def decisive(self) -> "TableSpec":
+        """The spec without what only tells where things were found."""
+        return replace(self, tower=replace(self.tower, model="", pretrained=""))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over what decides the rows."""
+        return records.fingerprint(self.decisive)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of a table, by its path below the table."""
+
+    path: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ManifestRecord:
+    """One unit, committed: what was read, what came out, and what it cost. The highest revision of a unit counts."""
+
+    unit: Unit
+    spec_fingerprint: str
+    rows_in: int
+    rows_out: int
+    rows_dead: int
+    features: Part | None = None
+    dead_letters: Part | None = None
+    revision: int = 0
+    removed: bool = False  # the unit is no part of its shard's plan any more; its parts are gone
+    repeated_keys: int = 0  # rows whose key stands earlier in the unit (Parquet and listings, where that is legal)
+    rows_reused: int = 0  # rows whose vectors were taken over from the unit's earlier part
+    errors: dict[str, int] = field(default_factory=dict)  # dead letters by error
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage; "unit" is the whole
+    versions: dict[str, str] = field(default_factory=dict)
+    finished_at: str = ""  # UTC, ISO 8601
+    schema_version: str = records.VERSION
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One execution of a job on a table, as its launcher last saw it (runs/<id>.json)."""
+
+    id: str
+    command: str
+    host: str
+    pid: int
+    started_at: str  # UTC, ISO 8601, as are the others
+    updated_at: str
+    units_planned: int
+    units_skipped: int
+    units_done: int = 0
+    units_failed: int = 0
+    samples_done: int = 0
+    samples_planned: int | None = None
+    state: Literal["running", "done", "failed", "interrupted"] = "running"
+    failures: tuple[str, ...] = ()
+    schema_version: str = records.VERSION
+
+
+def features_schema(spec: TableSpec) -> pa.Schema:
+    """The Arrow schema of a features part; its metadata repeats the spec, so that a lone part explains itself."""
+
+    def vector(dim: int) -> pa.DataType:
+        return pa.list_(pa.field("element", pa.float16(), nullable=False), dim)
+
+    dim = spec.tower.embedding_dim
+    fused = [pa.field("fused_embedding", vector(spec.fuser.out_dim), nullable=False)] if spec.fuser else []
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("shard", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("offset", pa.int64()),
+            pa.field("length", pa.int64()),
+            pa.field("caption", pa.string()),
+            pa.field("url", pa.string()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("sha256", pa.binary(32)),
+            pa.field("has_image", pa.bool_(), nullable=False),
+            pa.field("has_text", pa.bool_(), nullable=False),
+            pa.field("image_embedding", vector(dim), nullable=False),
+            pa.field("text_embedding", vector(dim), nullable=False),
+            *fused,
+            pa.field("similarity", pa.float32()),
+            pa.field("meta", pa.string()),
+        ],
+        metadata={b"fusion.table_spec": records.to_json(spec)},
+    )

@@ -1,0 +1,61 @@
+"""How every JSON record of ours is written, read, versioned and hashed.
+
+The compatibility rule: a record carries `schema_version` "major.minor". A reader of major M reads every M.x: fields it
+does not know are ignored, fields that came with a later minor have defaults. Another major is refused.
+"""
+
+import hashlib
+from typing import Any, TypeVar
+
+import msgspec
+
+VERSION = "1.0"
+
+RecordT = TypeVar("RecordT")
+
+
+class SchemaMismatch(ValueError):
+    """A file does not hold the record, version or columns that its reader expects."""
+
+
+def to_json(record: Any, indent: int = 0) -> bytes:
+    """The record as JSON bytes, fields in their declared order."""
+    encoded = msgspec.json.encode(record)
+    return msgspec.json.format(encoded, indent=indent) if indent else encoded
+
+
+def from_json(kind: type[RecordT], data: bytes, where: str) -> RecordT:
+    """The record in `data`; raises SchemaMismatch naming `where` when it is another version or not such a record."""
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+    except msgspec.DecodeError as error:
+        raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
+    if version.partition(".")[0] != VERSION.partition(".")[0]:
+        raise SchemaMismatch(
+            f"{where} has schema version {version!r}; this release reads {VERSION.partition('.')[0]}.x: "
+            "use the release that wrote it, or write it anew"
+        )
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
+
+
+def fingerprint(record: Any) -> str:
+    """SHA-256 (hex) over the record's canonical JSON: sorted keys, no spaces."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.to_builtins(record), order="deterministic")).hexdigest()
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """One line for each leaf in which two records differ, like `tower.precision: 'bf16' here, 'fp32' there`."""
+    ours, theirs = msgspec.to_builtins(ours), msgspec.to_builtins(theirs)
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [f"{prefix.rstrip('.')}: {ours!r} here, {theirs!r} there"]
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        lines += differences(ours.get(name), theirs.get(name), f"{prefix}{name}.")
+    return lines
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: str
