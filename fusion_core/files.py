@@ -110,6 +110,12 @@ def read_bytes(place: str) -> bytes:
         return stream.read()
 
 
+def sha256(place: str) -> str:
+    """SHA-256 (hex) of the file's bytes."""
+    with open_input(place) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_bytes(folder: str, name: str, data: bytes) -> None:
     """Publishes `data` as `folder/name`, replacing what is there."""
     with PendingFile(folder) as pending:

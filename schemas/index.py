@@ -12,7 +12,7 @@ from schemas.feature_table import Part, TableSpec
 class Recall:
     """Recall@k of the index against exact search over the same vectors, for one kind of query."""
 
-    queries: str  # "text" or "image": which column the held-out queries were taken from
+    queries: str  # "text", "image" or "fused": the column the queries were drawn from; a query never counts itself
     k: int
     n_queries: int
     recall: float
@@ -22,7 +22,10 @@ class Recall:
 class IndexRecord:
     """What an index was built from, how, and how well it does (index.json). Written last.
 
-    An id is the row's position in the table's manifest order; rows without the modality are not in the index.
+    An id is the row's position in the table's manifest order; rows without the modality are not in the index. The two
+    parts carry their hash in their name (`vectors-<hash>.faiss`, `meta-<hash>.arrow`), so that a rebuild never touches
+    a file that the standing index.json names. The meta part has one row for every row of the table, in equal record
+    batches but for the last, so that row `id` is found by division.
     """
 
     table: str  # where the table was
@@ -40,6 +43,7 @@ class IndexRecord:
     recalls: tuple[Recall, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)  # "p50", "p99": one query, one thread
     seconds: dict[str, float] = field(default_factory=dict)  # by stage of the build
+    seed: int = 0  # of the training sample, the clustering and the drawn queries
     schema_version: str = records.VERSION
 
 
@@ -55,6 +59,12 @@ META = pa.schema(
         pa.field("url", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
+        pa.field("sha256", pa.binary(32)),
         pa.field("similarity", pa.float32()),
     ]
+)
+
+# What a query answers: the rows of META in falling score. `rank` counts from 1.
+ANSWER = pa.schema(
+    [pa.field("rank", pa.int32(), nullable=False), pa.field("score", pa.float32(), nullable=False), *META]
 )

@@ -1,0 +1,373 @@
+"""Encoded image bytes → the pixels a tower wants, within limits; whatever is wrong with the bytes becomes a BadImage.
+
+The pixels are bit-equal to those of open_clip's `image_transform(..., is_train=False)` before ToTensor and Normalize:
+the same Pillow operations in the same order, with torchvision's and open_clip's arithmetic. Deliberate differences:
+
+- The EXIF orientation is applied first; the rest is open_clip's transform of `ImageOps.exif_transpose(image)`.
+- 16-bit grey becomes 8-bit by its high byte (12-bit TIFF: by its high 8 bits); Pillow alone would clip it to white.
+- Pixel types without a defined white (32-bit integers, signed 16-bit, floats) are refused.
+- An image so narrow that open_clip's "longest" rounds a side to 0 pixels, and fails, keeps 1 pixel there.
+- An image so narrow that "shortest" blows its long side up beyond `MAX_RESIZED_PIXELS` is refused, not allocated.
+"""
+
+import io
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base as ExifTag
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import STRIPBYTECOUNTS, STRIPOFFSETS, TILEBYTECOUNTS, TILEOFFSETS, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+if TYPE_CHECKING:  # schemas.feature_table imports pyarrow, which decoding does not need
+    from schemas.feature_table import Preprocess
+
+MAX_RESIZED_PIXELS = 64_000_000  # an image of 1 × 2,000 pixels at 224 would become 224 × 448,000 before its crop
+
+
+class BadImage(ValueError):
+    """The bytes give no pixels. `error` is one of schemas.samples.ERRORS; the text says what was found."""
+
+    def __init__(self, error: str, message: str) -> None:
+        super().__init__(error, message)
+        self.error = error
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image as the tower wants it."""
+
+    pixels: npt.NDArray[np.uint8]  # [preprocess.height, preprocess.width, 3], RGB, C-contiguous, writable
+    width: int  # of the image as decoded, after its EXIF orientation, before resizing
+    height: int
+
+
+def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
+    """The first frame of an encoded JPEG, PNG, WebP, GIF, BMP or TIFF, resized and cropped; raises only BadImage.
+
+    More than `max_pixels` pixels in the header are refused before any is decoded. Above twice Pillow's own
+    `Image.MAX_IMAGE_PIXELS` some formats are refused whatever `max_pixels` says. Safe in threads.
+    """
+    name, opener = _format(image)
+    opened: ImageFile | None = None
+    try:
+        with _pillow_silenced():
+            if name == "GIF":
+                _check_pixels(*_gif_frame(image), max_pixels, "GIF frame of")
+            opened = opener(io.BytesIO(image))
+            _check_pixels(*opened.size, max_pixels, f"{name} of")
+            upright = _upright(opened)
+            fitted = _fit(upright, preprocess).convert("RGB")
+            return Decoded(np.array(fitted), *upright.size)
+    except BadImage:
+        raise
+    except Exception as error:  # on damaged bytes Pillow may raise about anything
+        raise _judged(error, name, image, opened) from error
+
+
+# ------------------------------------------------------------------------------------------------ which format is it
+
+
+class _Jpeg(JpegImageFile):
+    """A JPEG, or the first frame of an MPO, whose EXIF is not looked into for the resolution: it may be broken."""
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
+_READ: tuple[tuple[bytes, str, type[ImageFile]], ...] = (
+    (b"\xff\xd8\xff", "JPEG", _Jpeg),
+    (b"\x89PNG\r\n\x1a\n", "PNG", PngImageFile),
+    (b"GIF87a", "GIF", GifImageFile),
+    (b"GIF89a", "GIF", GifImageFile),
+    (b"II*\0", "TIFF", TiffImageFile),
+    (b"MM\0*", "TIFF", TiffImageFile),
+    (b"II+\0", "TIFF", TiffImageFile),
+    (b"MM\0+", "TIFF", TiffImageFile),
+)
+
+_NOT_READ: tuple[tuple[bytes, str], ...] = (
+    (b"%PDF-", "PDF"),
+    (b"8BPS", "PSD"),
+    (b"\0\0\1\0", "ICO"),
+    (b"\0\0\2\0", "CUR"),
+    (b"icns", "ICNS"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"v/1\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"DDS ", "DDS"),
+    (b"qoif", "QOI"),
+    (b"BPG\xfb", "BPG"),
+    (b"FLIF", "FLIF"),
+    (b"gimp xcf", "XCF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"SIMPLE  =", "FITS"),
+    (b"\x8aMNG", "MNG"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
+)
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1"}
+_BMP_HEADER_BYTES = {12, 40, 52, 56, 64, 108, 124}
+
+
+def _format(image: bytes) -> tuple[str, type[ImageFile]]:
+    """The format's name and Pillow's reader for it; raises BadImage for every other kind of bytes."""
+    if not image:
+        raise BadImage("EmptyImage", "0 bytes")
+    for magic, name, opener in _READ:
+        if image.startswith(magic):
+            return name, opener
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "WebP", WebPImageFile
+    if image[:2] == b"BM" and int.from_bytes(image[14:18], "little") in _BMP_HEADER_BYTES:
+        return "BMP", BmpImageFile
+    cut_magic = any(magic.startswith(image) for magic, _, _ in _READ)
+    if (cut_magic and len(image) > 1) or (image[:4] == b"RIFF" and len(image) < 12):
+        raise BadImage("TruncatedImage", f"only {len(image)} bytes: {image.hex(' ')}")
+    if name := _other_format(image):
+        raise BadImage("UnsupportedImage", f"{name}, {len(image):,} bytes; JPEG, PNG, WebP, GIF, BMP and TIFF are read")
+    raise BadImage("NotAnImage", f"{len(image):,} bytes, {_beginning(image)}")
+
+
+def _other_format(image: bytes) -> str:
+    """The name of an image format that is known but not read, or an empty string."""
+    if image[4:8] == b"ftyp":
+        brand = image[8:12]
+        return "AVIF" if brand in (b"avif", b"avis") else "HEIF" if brand in _HEIF_BRANDS else ""
+    if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml|<!--|<!DOCTYPE svg|<svg)", image[:256]) and b"<svg" in image[:4096]:
+        return "SVG"
+    if image[128:132] == b"DICM":
+        return "DICOM"
+    if re.match(rb"P[1-7]\s", image):
+        return "PNM"
+    return next((name for magic, name in _NOT_READ if image.startswith(magic)), "")
+
+
+def _beginning(image: bytes) -> str:
+    """What the bytes start with: quoted where it is text, in hex where not."""
+    try:
+        text = image[:64].decode("utf-8", "strict" if len(image) <= 64 else "ignore").strip()
+    except UnicodeDecodeError:
+        text = ""
+    # "ignore" is there for a character cut in two at the end, not for binary data
+    if text and text.encode() in image[:64] and all(c.isprintable() or c.isspace() for c in text):
+        return f"starts with {' '.join(text.split())[:40]!r}"
+    return f"starts with the bytes {image[:12].hex(' ')}"
+
+
+# ------------------------------------------------------------------------------------------------ what went wrong
+
+
+def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
+    """Raises BadImage where width × height is above the limit."""
+    if width * height > limit:
+        found = f"{width} × {height} = {width * height:,} pixels"
+        raise BadImage("TooManyPixels", f"{what} {found}; the limit is {limit:,}")
+
+
+_CUT = re.compile("truncated|unexpected end|end of file", re.IGNORECASE)
+_UNREADABLE = re.compile("unsupported|cannot handle|not yet supported|unknown (pixel mode|data)", re.IGNORECASE)
+_TIFF_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # by type
+
+
+def _judged(error: Exception, name: str, image: bytes, opened: ImageFile | None) -> BadImage:
+    """The BadImage that says what Pillow's error means for these bytes."""
+    size, reason = f"{len(image):,} bytes", " ".join(str(error).split())[:160] or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage("TooManyPixels", f"{name} of {size}: {reason}")
+    if (promised := _promised_bytes(name, image)) > len(image):
+        return BadImage("TruncatedImage", f"{name} of {size}: its header promises {promised:,}")
+    # While it reads a header, Pillow wraps what it meets at the end of the data in a SyntaxError.
+    if opened is None and isinstance(error.__cause__ or error, (EOFError, IndexError, struct.error)):
+        return BadImage("TruncatedImage", f"{name} of {size}: ends before its header does")
+    kind = "TruncatedImage" if _CUT.search(reason) else "UnsupportedImage" if _UNREADABLE.search(reason) else ""
+    return BadImage(kind or "CorruptImage", f"{name} of {size}: {reason}")
+
+
+def _promised_bytes(name: str, image: bytes) -> int:
+    """How long the file must be by its own header, where Pillow's error does not tell; else 0."""
+    if name == "WebP":
+        return int.from_bytes(image[4:8], "little") + 8
+    if name == "TIFF" and image[2:4] in (b"*\0", b"\0*"):
+        with suppress(struct.error):
+            return _promised_tiff_bytes(image, "<" if image[:1] == b"I" else ">")
+        return len(image) + 1  # its directory is cut
+    return 0
+
+
+def _promised_tiff_bytes(image: bytes, order: str) -> int:
+    """Where the last value, strip or tile of a TIFF's first directory ends; struct.error where the directory is cut."""
+    (directory,) = struct.unpack_from(f"{order}L", image, 4)
+    (n_tags,) = struct.unpack_from(f"{order}H", image, directory)
+    tags: dict[int, tuple[int, ...]] = {}
+    end = directory + 2 + 12 * n_tags
+    for place in range(directory + 2, end, 12):
+        tag, kind, count, start = struct.unpack_from(f"{order}HHLL", image, place)
+        n_bytes = count * _TIFF_VALUE_BYTES.get(kind, 0)
+        end = max(end, start + n_bytes if n_bytes > 4 else 0)
+        if tag in (STRIPOFFSETS, TILEOFFSETS, STRIPBYTECOUNTS, TILEBYTECOUNTS) and kind in (3, 4):
+            values = f"{order}{count}{'H' if kind == 3 else 'L'}"
+            tags[tag] = struct.unpack_from(values, image, start if n_bytes > 4 else place + 8)
+    starts = tags.get(STRIPOFFSETS) or tags.get(TILEOFFSETS, ())
+    lengths = tags.get(STRIPBYTECOUNTS) or tags.get(TILEBYTECOUNTS, ())
+    ends = [int(start + length) for start, length in zip(starts, lengths, strict=False)]
+    return max(end, *ends, 0)
+
+
+_PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)  # as warnings.filterwarnings would make it
+_decoding = 0
+_decoding_lock = threading.Lock()
+
+
+@contextmanager
+def _pillow_silenced() -> Iterator[None]:
+    """Pillow's warnings (damaged EXIF, odd APNG) are ignored while any thread is in here.
+
+    `warnings.catch_warnings` swaps the process's filters and gets them wrong when threads overlap; the first thread in
+    adds one filter to the list and the last one out takes it away.
+    """
+    global _decoding
+    filters = cast("list[Any]", warnings.filters)
+    with _decoding_lock:
+        _decoding += 1
+        if _PILLOW_WARNS not in filters:
+            filters.insert(0, _PILLOW_WARNS)
+    try:
+        yield
+    finally:
+        with _decoding_lock:
+            _decoding -= 1
+            if not _decoding:
+                with suppress(ValueError):  # somebody else's catch_warnings took it away
+                    cast("list[Any]", warnings.filters).remove(_PILLOW_WARNS)
+
+
+# ------------------------------------------------------------------------------------------------ from file to pixels
+
+
+def _gif_frame(image: bytes) -> tuple[int, int]:
+    """(width, height) of a GIF's first frame, or (0, 0): Pillow may already paint one while it opens the file."""
+    place = 13 + (3 << (image[10] & 7) + 1 if image[10] & 0x80 else 0)
+    while (block := image[place : place + 1]) not in (b",", b";", b""):
+        place += 1
+        if block == b"!":  # an extension: its label, then pieces with their lengths, up to an empty one
+            place += 1
+            while image[place]:
+                place += image[place] + 1
+            place += 1
+    frame: tuple[int, int] = struct.unpack_from("<HH", image, place + 5) if block == b"," else (0, 0)
+    return frame
+
+
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(opened: ImageFile) -> Image.Image:
+    """The decoded image, turned as its EXIF says, in a mode that open_clip's transform can take."""
+    opened.load()
+    method = _TRANSPOSES.get(_orientation(opened))
+    image = _eight_bit(opened)
+    # Converting a palette with alpha values to RGB drops them anyway, after a warning.
+    image.info.pop("transparency", None)
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(opened: ImageFile) -> int:
+    """The EXIF (or XMP) orientation of a loaded image; 1 where there is none, where it is broken, and in a TIFF, which
+    Pillow turns while it loads."""
+    try:
+        orientation = opened.getexif().get(ExifTag.Orientation, 1)
+    except Exception:  # broken EXIF does not make the image bad
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _eight_bit(opened: ImageFile) -> Image.Image:
+    """The image itself, or 16-bit grey by its high byte as mode L."""
+    if opened.mode in ("I", "F"):
+        kind = "integer" if opened.mode == "I" else "floating-point"
+        raise BadImage("UnsupportedImage", f"{opened.format} of {kind} pixels, which have no defined white")
+    if not opened.mode.startswith("I;16"):
+        return opened
+    twelve_bit = isinstance(opened, TiffImageFile) and opened.tag_v2.get(ExifTag.BitsPerSample) == (12,)
+    return Image.fromarray((np.asarray(opened) >> (4 if twelve_bit else 8)).astype(np.uint8))
+
+
+def _fit(image: Image.Image, preprocess: "Preprocess") -> Image.Image:
+    """The image, still in its own mode, at the target's size: open_clip's transform up to its RGB conversion."""
+    target = preprocess.height, preprocess.width
+    bilinear = preprocess.interpolation == "bilinear"
+    resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    size = image.height, image.width
+    if preprocess.resize_mode == "squash":
+        return _resized(image, target, resample)
+    if preprocess.resize_mode == "longest":
+        resized = _resized(image, _keep_ratio(size, target, max), resample)
+        return _center_crop_or_pad(resized, target, preprocess.fill_color)
+    if preprocess.height == preprocess.width:
+        resized = _resized(image, _shortest_edge(size, preprocess.height), resample)
+    else:  # here open_clip does not pass its interpolation on
+        resized = _resized(image, _keep_ratio(size, target, min), Image.Resampling.BICUBIC)
+    return _center_crop_or_pad(resized, target, 0)
+
+
+def _shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """(height, width) as torchvision's `Resize(edge)` computes it: the long side is cut, not rounded."""
+    height, width = size
+    if width <= height:
+        return int(edge * height / width), edge
+    return edge, int(edge * width / height)
+
+
+def _keep_ratio(size: tuple[int, int], target: tuple[int, int], pick: Any) -> tuple[int, int]:
+    """(height, width) as open_clip's `ResizeKeepRatio` computes it: rounded, half to even."""
+    ratio = pick(size[0] / target[0], size[1] / target[1])
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """The image at (height, width); itself where it has that size already."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    _check_pixels(width, height, MAX_RESIZED_PIXELS, f"{image.width} × {image.height} pixels would be resized to")
+    return image.resize((width, height), resample)
+
+
+def _center_crop_or_pad(image: Image.Image, target: tuple[int, int], fill: int) -> Image.Image:
+    """The image's centre at (height, width), padded with `fill` in every band where it is smaller."""
+    height, width = target
+    missing_x, missing_y = max(0, width - image.width), max(0, height - image.height)
+    if missing_x or missing_y:
+        border = missing_x // 2, missing_y // 2, (missing_x + 1) // 2, (missing_y + 1) // 2
+        bands = len(image.getbands())
+        image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,271 @@
+"""OpenCLIP towers: any of its models, with its own tokenizer and preprocessing, one copy per process.
+
+The only module that imports open_clip (and it does so when towers are first loaded: the import is slow).
+"""
+
+import difflib
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas import records
+from schemas.feature_table import Precision, Preprocess, TowerSpec
+
+DEMO = "fusion-demo"  # the small model that ships with us
+_DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+_PAD_TO = 8  # batches are padded to a multiple of this: see Towers
+_LOADING = threading.Lock()
+_LOADED: dict[tuple[str, str, str, str], "Towers"] = {}
+
+
+class TowerError(ValueError):
+    """A model, its weights, device or precision that cannot be had, and what can."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's configuration and weights lie."""
+
+    name: str  # what open_clip.create_model is asked for
+    pretrained: str | None
+    weights: Path
+    bpe: Path | None = None  # the folder's own BPE vocabulary: open_clip does not look for it there
+
+
+class Towers:
+    """The image and the text tower of one model on one device. Safe to call from several threads.
+
+    Rows do not influence each other, and batches are padded to a multiple of 8 rows (the kernels of very small batches
+    round differently): a row's vector does not depend on which other rows came with it.
+    """
+
+    def __init__(self, spec: TowerSpec, model: Any, tokenizer: Any, device: str):
+        import torch
+
+        self.spec = spec
+        self.device = device
+        self._torch = torch
+        self._model = model
+        self._tokenizer = tokenizer
+        self._tokenizing = threading.Lock()  # Hugging Face's tokenizers do not like two callers
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+        self._mean = torch.tensor(spec.preprocess.mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(spec.preprocess.std, device=device).view(1, -1, 1, 1)
+
+    def embed_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
+        torch = self._torch
+        n = len(pixels)
+        with torch.inference_mode():
+            batch = torch.from_numpy(_padded(pixels)).to(self.device).permute(0, 3, 1, 2).contiguous()
+            batch = batch.to(torch.float32).div(255).sub_(self._mean).div_(self._std)
+            return self._unit(self._model.encode_image(batch.to(self._dtype)), n)
+
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
+        torch = self._torch
+        with self._tokenizing:
+            tokens = self._tokenizer(texts)
+        with torch.inference_mode():
+            batch = torch.from_numpy(_padded(tokens.numpy())).to(self.device)
+            return self._unit(self._model.encode_text(batch), len(texts))
+
+    def _unit(self, features: Any, n: int) -> np.ndarray:
+        vectors = self._torch.nn.functional.normalize(features[:n].float(), dim=-1).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise TowerError(f"{self.spec.model} in {self.spec.precision} gives non-finite embeddings: use fp32 or bf16")
+        return np.asarray(vectors)
+
+
+def load(model: str, pretrained: str = "", device: str = "auto", precision: str = "auto") -> Towers:
+    """The towers of a model, loaded once per process.
+
+    `model`: a name of open_clip's, `hf-hub:…`, a folder or `local-dir:…` with open_clip_config.json and weights, a
+    model-config JSON, or `fusion-demo`. `pretrained`: a tag of open_clip's or a weights file, where the model does not
+    bring its own. `device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises TowerError.
+    """
+    key = (_absolute(model), _absolute(pretrained), device, precision)
+    with _LOADING:
+        if key not in _LOADED:
+            _LOADED[key] = _load(*key)
+        return _LOADED[key]
+
+
+def for_spec(spec: TowerSpec, device: str = "auto", pretrained: str = "") -> Towers:
+    """The towers that a table or index was made with; raises TowerError naming what differs.
+
+    `pretrained`: where the weights lie now, if they were moved.
+    """
+    towers = load(spec.model, pretrained or spec.pretrained, device, spec.precision)
+    here, there = (replace(item, model="", pretrained="") for item in (towers.spec, spec))
+    if here != there:
+        raise TowerError(f"{spec.model} is not what it was: " + "; ".join(records.differences(here, there)))
+    return towers
+
+
+def _load(model: str, pretrained: str, device: str, precision: str) -> Towers:
+    import open_clip
+
+    source = _find(model, pretrained)
+    device = _pick_device(device)
+    kind = _pick_precision(precision, device)
+    try:
+        network: Any = open_clip.create_model(
+            source.name, pretrained=source.pretrained, precision=kind, device=device, require_pretrained=True
+        )
+        tokenizer = _tokenizer(source)
+    except Exception as error:
+        raise TowerError(f"cannot load {model!r} with the weights {source.weights}: {error}") from error
+    network.eval().requires_grad_(False)
+    config = open_clip.get_model_config(source.name)
+    spec = TowerSpec(
+        model=model,
+        pretrained=pretrained,
+        config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        weights_sha256=_sha256(source.weights),
+        embedding_dim=int(config["embed_dim"]),
+        precision=kind,
+        preprocess=_preprocess(network.visual.preprocess_cfg),
+    )
+    return Towers(spec, network, tokenizer, device)
+
+
+# --- where models are found -----------------------------------------------------------------------------------------
+
+
+def _find(model: str, pretrained: str) -> _Source:
+    import open_clip
+
+    if model == DEMO:
+        return _find_folder(_DEMO_FOLDER, pretrained)
+    if model.startswith("hf-hub:"):
+        return _find_hub(model, pretrained)
+    path = Path(model)
+    if path.is_dir():
+        return _find_folder(path, pretrained)
+    if path.suffix == ".json" and path.is_file():
+        open_clip.add_model_config(path)
+        model = path.stem
+    if model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.5)
+        raise TowerError(
+            f"no model {model!r}: " + (f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()")
+            + " A folder with open_clip_config.json, a model-config JSON and hf-hub:… are possible, too"
+        )  # fmt: skip
+    return _find_weights(model, pretrained)
+
+
+def _find_weights(model: str, pretrained: str) -> _Source:
+    """Weights of one of open_clip's architectures: a file, or a tag that open_clip knows where to fetch."""
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    if Path(pretrained).is_file():
+        return _Source(model, pretrained, Path(pretrained))
+    tags = list_pretrained_tags_by_model(model)
+    if pretrained not in tags:
+        near = difflib.get_close_matches(pretrained, tags, n=4, cutoff=0.3) or tags[:8]
+        asked = f"no weights {pretrained!r} for {model}: neither a file nor a tag" if pretrained else f"{model} needs weights"
+        raise TowerError(f"{asked}; --pretrained is a file or one of {', '.join(near) or '(no tags are known)'}")
+    try:
+        path = Path(download_pretrained(get_pretrained_cfg(model, pretrained)))
+    except Exception as error:
+        raise TowerError(f"cannot fetch the weights {pretrained!r} of {model}: {error}") from error
+    return _Source(model, pretrained, path)
+
+
+def _find_folder(folder: Path, pretrained: str) -> _Source:
+    if pretrained:
+        raise TowerError(f"{folder} brings its own weights: leave out --pretrained {pretrained}")
+    if not (folder / "open_clip_config.json").is_file():
+        raise TowerError(f"{folder} holds no open_clip_config.json")
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise TowerError(f"{folder} holds no weights: expected {', '.join(_WEIGHTS)}")
+    bpe = next(iter(sorted(folder.glob("*bpe*.txt.gz"))), None)
+    return _Source(f"local-dir:{folder.resolve()}", None, weights, bpe)
+
+
+def _find_hub(model: str, pretrained: str) -> _Source:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    if pretrained:
+        raise TowerError(f"{model} brings its own weights: leave out --pretrained {pretrained}")
+    try:
+        return _Source(model, None, Path(download_pretrained_from_hf(model.removeprefix("hf-hub:"))))
+    except Exception as error:
+        raise TowerError(f"cannot fetch {model}: {error}") from error
+
+
+def _tokenizer(source: _Source) -> Any:
+    import open_clip
+
+    # A folder's config may name its vocabulary relative to itself; open_clip resolves it against the working folder.
+    return open_clip.get_tokenizer(source.name, **({"bpe_path": str(source.bpe)} if source.bpe else {}))
+
+
+def _preprocess(config: dict[str, Any]) -> Preprocess:
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if config["interpolation"] not in ("bicubic", "bilinear"):
+        raise TowerError(f"interpolation {config['interpolation']!r} is not bicubic or bilinear")
+    return Preprocess(
+        height=int(height),
+        width=int(width),
+        mean=tuple(map(float, config["mean"])),
+        std=tuple(map(float, config["std"])),
+        interpolation=config["interpolation"],
+        resize_mode=config["resize_mode"],
+        fill_color=int(config["fill_color"]),
+    )
+
+
+# --- device and precision -------------------------------------------------------------------------------------------
+
+
+def _pick_device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise TowerError(f"device {device!r} is not auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TowerError(f"device {device!r}: torch sees no GPU here; use --device cpu or auto")
+    return device
+
+
+def _pick_precision(precision: str, device: str) -> Precision:
+    """auto: fp32 on the CPU, bf16 on GPUs that compute in it, fp16 on older ones."""
+    import torch
+
+    if precision in ("fp32", "bf16", "fp16"):
+        if precision == "fp16" and device == "cpu":
+            raise TowerError("precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
+        return precision  # type: ignore[return-value]
+    if precision != "auto":
+        raise TowerError(f"precision {precision!r} is not auto, fp32, bf16 or fp16")
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _absolute(name: str) -> str:
+    """A path in the form that holds in every working folder; other names as they are."""
+    path = Path(name.removeprefix("local-dir:"))
+    return str(path.resolve()) if name and path.exists() else name
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    missing = -len(rows) % _PAD_TO
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) if missing else rows
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

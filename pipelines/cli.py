@@ -1,0 +1,246 @@
+"""The command `fusion`. Each command imports what it needs when it runs, so that `fusion --help` is quick."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipelines import options
+
+if TYPE_CHECKING:
+    from pipelines.embed import EmbedJob, Plan
+    from schemas.feature_table import RunRecord
+
+DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 too many dead letters."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = options.build()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command not in ("embed", "retry"):
+        parser.error(f"{args.command} has no option {rest[0]}")
+    _quieten()
+    args.command_line = "fusion " + " ".join(arguments)
+    try:
+        return _COMMANDS[args.command](args, rest)
+    except KeyboardInterrupt:
+        _leave("interrupted: what is recorded stays; run the same command again to go on")
+    except Exception as error:
+        code = _expected(error)
+        if code is None:
+            raise
+        print(f"fusion {args.command}: {error}", file=sys.stderr)
+        return code
+
+
+def _expected(error: Exception) -> int | None:
+    """The exit code of an error that a message explains; None for one that needs a traceback."""
+    if isinstance(error, OSError):
+        return FAILED
+    named = {"InputError", "TowerError", "TableError", "FuserError", "SchemaMismatch", "BadIndex", "BadQuery", "BadImage"}
+    return USAGE if type(error).__name__ in named else None
+
+
+def _leave(message: str) -> NoReturn:
+    """Ends the process at once: worker threads would otherwise finish their units first."""
+    print(f"\nfusion: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
+def _quieten() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", module="apache_beam|open_clip|timm|torch")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+# --- embed and retry ------------------------------------------------------------------------------------------------
+
+
+def _embed(args: argparse.Namespace, rest: list[str]) -> int:
+    from fusion_core import files, fusers, shards, table, towers
+    from pipelines import embed
+    from schemas.feature_table import InputSpec, TableSpec
+
+    if not 0 <= args.shard_index < args.num_shards:
+        raise shards.InputError(f"--shard-index {args.shard_index} is not one of 0…{args.num_shards - 1} (--num-shards)")
+    embed.check_beam_options(rest, vars(args))
+    output = files.absolute(args.output)
+    columns = {name: getattr(args, name) for name in InputSpec.__dataclass_fields__}
+    inputs = InputSpec(**columns)
+    next(iter(shards.plan(args.input, inputs)))  # nothing to read is said before the slow imports
+    precision = args.precision
+    if precision == "auto" and (existing := table.read_spec(output)):
+        precision = existing.tower.precision  # a scheduled run may land on another machine
+    tower = towers.load(args.model, args.pretrained, args.device, precision).spec
+    fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
+    spec = table.claim(output, TableSpec(tower, inputs, fuser))
+    plan = embed.plan(args.input, output, spec, (args.shard_index, args.num_shards))
+    return _run(args, rest, embed.EmbedJob(output, spec), plan)
+
+
+def _retry(args: argparse.Namespace, rest: list[str]) -> int:
+    from fusion_core import table, towers
+    from pipelines import embed
+
+    embed.check_beam_options(rest, vars(args))
+    feature_table = table.Table.open(args.table)
+    spec = feature_table.spec
+    broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
+    if not broken:
+        print(f"{feature_table.place}: no dead letters")
+        return DONE
+    towers.for_spec(spec.tower, args.device, args.pretrained)
+    plan = embed.plan(broken, feature_table.place, spec, redo_dead=True)
+    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, args.pretrained), plan)
+
+
+def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan") -> int:
+    from fusion_core import report, table
+    from pipelines import embed
+
+    knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
+    run = embed.run(job, plan, knobs, args.command_line, rest)
+    feature_table = table.Table.open(job.output)
+    report.write_table_report(feature_table, run)
+    _summarize(feature_table.place, run)
+    for failure in run.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if run.state == "failed":
+        print(f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr)
+        return FAILED
+    return _judge_dead_letters(feature_table.place, args.max_dead_letters)
+
+
+def _summarize(place: str, run: "RunRecord") -> None:
+    from fusion_core import table
+
+    feature_table = table.Table.open(place)
+    errors = _errors(feature_table.records)
+    rows_in = sum(record.rows_in for record in feature_table.records)
+    print(f"{place}: {rows_in:,} samples = {feature_table.num_rows:,} rows + {sum(errors.values()):,} dead letters")
+    for error, count in sorted(errors.items(), key=lambda item: -item[1]):
+        print(f"  {count:>8,} {error}: {_meaning(error)}")
+    repeated = sum(record.repeated_keys for record in feature_table.records)
+    if repeated:
+        print(f"  {repeated:>8,} rows have a key that stands earlier in their shard (kept: not a tar)")
+    print(f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed")
+
+
+def _meaning(error: str) -> str:
+    from schemas.samples import ERRORS
+
+    return ERRORS.get(error, "")
+
+
+def _errors(found: Sequence[Any]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for record in found:
+        for error, count in record.errors.items():
+            counts[error] = counts.get(error, 0) + count
+    return counts
+
+
+def _judge_dead_letters(place: str, limit: tuple[float, bool] | None) -> int:
+    from fusion_core import table
+
+    if limit is None:
+        return DONE
+    found = table.Table.open(place).records
+    dead, rows_in = sum(record.rows_dead for record in found), sum(record.rows_in for record in found)
+    value, percent = limit
+    if dead <= (value / 100 * rows_in if percent else value):
+        return DONE
+    print(f"{dead:,} dead letters of {rows_in:,} samples: more than --max-dead-letters allows", file=sys.stderr)
+    return TOO_MANY_DEAD
+
+
+# --- status and verify ----------------------------------------------------------------------------------------------
+
+
+def _status(args: argparse.Namespace, _: list[str]) -> int:
+    from fusion_core import table
+    from pipelines import status
+
+    feature_table = table.Table.open(args.table)
+    found = status.describe(feature_table)
+    print(json.dumps(found) if args.json else status.text(found))
+    return DONE
+
+
+def _verify(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import files, table
+
+    place = files.absolute(args.table)
+    with tqdm(unit=" units", disable=args.json or not sys.stderr.isatty()) as bar:
+        findings = table.verify(place, lambda record: bar.update() and None)
+    if args.json:
+        print(json.dumps([{"unit": finding.unit, "what": finding.what} for finding in findings]))
+    else:
+        for finding in findings:
+            print(finding.what if not finding.unit else f"unit {finding.unit}: {finding.what}")
+        print(f"{place}: {len(findings)} findings" if findings else f"{place}: whole")
+    return FAILED if findings else DONE
+
+
+# --- index and search -----------------------------------------------------------------------------------------------
+
+
+def _index(args: argparse.Namespace, _: list[str]) -> int:
+    from fusion_core import files, index, table
+
+    record = index.build(table.Table.open(args.table), files.absolute(args.output), args.column)
+    print(f"{args.output}: {record.rows_indexed:,} of {record.rows_table:,} rows, {record.factory} {record.parameters or ''}")
+    for recall in record.recalls:
+        print(f"  recall@{recall.k} of {recall.queries} queries against exact search: {recall.recall:.4f} (n={recall.n_queries})")
+    return DONE
+
+
+def _search(args: argparse.Namespace, _: list[str]) -> int:
+    from pathlib import Path
+
+    from fusion_core import files, index, search, towers
+
+    found = index.Index.open(files.absolute(args.index))
+    spec = found.record.table_spec.tower
+    searcher = search.Searcher(found, towers.for_spec(spec, args.device, args.pretrained))
+    image = Path(args.image).read_bytes() if args.image else None
+    rows = searcher.search(text=args.text, image=image, k=args.k, image_weight=args.image_weight).to_pylist()
+    if args.json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return DONE
+    print(f"{'rank':>4}  {'score':>7}  {'key':<20}  caption  [shard offset+length]")
+    for row in rows:
+        where = f"{row['shard']} {row['offset']}+{row['length']}" if row["offset"] is not None else f"{row['shard']} row {row['row']}"
+        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['key']:<20}  {row['caption'] or ''}  [{where}]")
+    return DONE
+
+
+def _demo(args: argparse.Namespace, _: list[str]) -> int:
+    from pipelines import demo
+
+    return demo.run(args.output, args.pairs)
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "embed": _embed,
+    "status": _status,
+    "retry": _retry,
+    "verify": _verify,
+    "index": _index,
+    "search": _search,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The embedding job: shards in, feature table out.
+
+    Create(units) | Reshuffle | EmbedUnits | totals
+
+Each unit is read, decoded, embedded and written by one DoFn call, so that heavy bytes never cross a shuffle and a unit
+commits whole or not at all. Planning, the comparison with what the table already holds, and the last word on success
+are the launcher's.
+"""
+
+import difflib
+import errno
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics, MetricsFilter
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from fusion_core import files, shards, table, towers, unit
+from pipelines import progress
+from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
+from schemas.samples import Unit
+
+LOG = logging.getLogger("fusion.embed")
+_NAMESPACE = "fusion"
+_FAILURES = MetricsFilter().with_namespace(_NAMESPACE).with_name("failures")
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What decides the rows of the output, and where it lies."""
+
+    output: str
+    spec: TableSpec
+    pretrained: str = ""  # where the weights lie now, if not where the spec says
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What decides only how fast the rows come."""
+
+    device: str = "auto"
+    batch: int = 64
+    workers: int = 0  # 0: one for each core
+    quiet: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Units worked on at once by the local runner."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+class Outcome(NamedTuple):
+    """What became of one unit."""
+
+    unit: str
+    rows_in: int
+    rows_out: int
+    rows_dead: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do on a table: units to run (big ones first), records to take out, units that stand already."""
+
+    work: tuple[unit.Work, ...]
+    gone: tuple[ManifestRecord, ...]
+    skipped: int
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples the work holds, where all its shards say so beforehand."""
+        rows = [work.unit.rows for work in self.work]
+        return sum(n for n in rows if n is not None) if all(n is not None for n in rows) else None
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def plan(inputs: Sequence[str], output: str, spec: TableSpec, share: tuple[int, int] = (0, 1), redo_dead: bool = False) -> Plan:
+    """Compares the shards that `inputs` name with what the table at `output` holds.
+
+    `share`: (index, number) of this launcher among several on one table. `redo_dead`: units with dead letters are
+    worked on again even where their input is what it was.
+    """
+    manifest = table.read_manifest(output)
+    for path in manifest.damaged:
+        LOG.warning("%s is damaged: the units it recorded are done again", path)
+    lying = table.list_parts(output)
+    planned = list(shards.plan(inputs, spec.input))
+    _check_unique(planned)
+    mine = [item for item in planned if zlib.crc32(item.id.encode()) % share[1] == share[0]]
+    stale = _unrecorded(lying, manifest)
+    work, skipped = [], 0
+    for item in mine:
+        record = manifest.by_unit.get(item.id)
+        if record and _stands(record, item, spec, lying) and not (redo_dead and record.rows_dead):
+            skipped += 1
+            for path in stale.get(item.id, ()):  # left by a run that died after its record was written
+                files.remove(files.join(output, path))
+        else:
+            work.append(unit.Work(item, record, tuple(stale.get(item.id, ()))))
+    work.sort(key=lambda work: (-(work.unit.rows or 0), -work.unit.identity.size_bytes, work.unit.id))
+    return Plan(tuple(work), _gone(manifest, planned), skipped)
+
+
+def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
+    """Whether a record still speaks of this input, this kind of table, and parts that are there."""
+    parts = [part for part in (record.features, record.dead_letters) if part]
+    return (
+        not record.removed
+        and record.unit.identity == item.identity
+        and record.spec_fingerprint == spec.fingerprint
+        and all(lying.get(part.path) == part.size_bytes for part in parts)
+    )
+
+
+def _unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list[str]]:
+    recorded = {path for record in manifest.live for path in table.part_paths(record)}
+    stale: dict[str, list[str]] = {}
+    for path in sorted(set(lying) - recorded):
+        stale.setdefault(table.unit_of_part(path), []).append(path)
+    return stale
+
+
+def _gone(manifest: table.Manifest, planned: Iterable[Unit]) -> tuple[ManifestRecord, ...]:
+    """Records of units that their shard, being planned anew, does not have any more."""
+    shards_planned = {item.shard for item in planned}
+    units_planned = {item.id for item in planned}
+    return tuple(
+        record
+        for record in manifest.live
+        if record.unit.shard in shards_planned and record.unit.id not in units_planned
+    )
+
+
+def _check_unique(planned: Sequence[Unit]) -> None:
+    seen: dict[str, str] = {}
+    for item in planned:
+        if item.id in seen:
+            raise shards.InputError(f"{item.shard} and {seen[item.id]} have the same unit id {item.id}: rename one")
+        seen[item.id] = item.shard
+
+
+# --- the Beam job ---------------------------------------------------------------------------------------------------
+
+
+class RunUnit(beam.DoFn):  # type: ignore[misc]
+    """Work in, Outcome out; a unit that fails does not take its neighbours along."""
+
+    def __init__(self, job: EmbedJob, knobs: Knobs):
+        self._job, self._knobs = job, knobs
+        self._towers: towers.Towers | None = None
+
+    def setup(self) -> None:
+        """Takes this process's copy of the towers."""
+        self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
+
+    def process(self, work: unit.Work) -> Iterator[Outcome]:
+        """Runs one unit."""
+        assert self._towers is not None
+        try:
+            record = unit.run_unit(
+                work, self._job.output, self._job.spec, self._towers, self._knobs.batch, progress.add_samples
+            )
+        except Exception as error:
+            LOG.debug("unit %s", work.unit.id, exc_info=True)
+            Metrics.counter(_NAMESPACE, "units_failed").inc()
+            Metrics.string_set(_NAMESPACE, "failures").add(f"{work.unit.id}\n{_explain(work.unit, error)}")
+        else:
+            _count(record)
+            yield Outcome(work.unit.id, record.rows_in, record.rows_out, record.rows_dead)
+
+
+class EmbedUnits(beam.PTransform):  # type: ignore[misc]
+    """Work -> Outcome, spread over the workers."""
+
+    def __init__(self, job: EmbedJob, knobs: Knobs):
+        super().__init__()
+        self._job, self._knobs = job, knobs
+
+    def expand(self, work: Any) -> Any:
+        """Reshuffle keeps the order, so big units start first."""
+        return work | beam.Reshuffle() | beam.ParDo(RunUnit(self._job, self._knobs))
+
+
+def _explain(item: Unit, error: Exception) -> str:
+    """What failed, where, and what to do."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{item.shard}: no space left for its part: free some and run the command again"
+    return f"{item.shard}: {type(error).__name__}: {error}"
+
+
+def _count(record: ManifestRecord) -> None:
+    for name in ("rows_in", "rows_out", "rows_dead", "rows_reused"):
+        Metrics.counter(_NAMESPACE, name).inc(getattr(record, name))
+    Metrics.counter(_NAMESPACE, "units_done").inc()
+    Metrics.distribution(_NAMESPACE, "unit_milliseconds").update(int(1000 * record.seconds.get("unit", 0)))
+
+
+def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Sequence[str] = ()) -> RunRecord:
+    """Does what the plan says and returns the run's record; its state is `failed` when any unit failed.
+
+    Whatever happens, units that are recorded stay, and the same command picks up from there.
+    """
+    watch = progress.Watch(job.output, command, len(plan.work), plan.skipped, plan.samples, knobs.quiet)
+    with watch:
+        if plan.work:
+            failures = _run_pipeline(job, plan, knobs, beam_options)
+            watch.update(
+                units_done=len(plan.work) - len(failures),
+                units_failed=len(failures),
+                failures=tuple(failures[:100]),
+                state="failed" if failures else "done",
+            )
+        else:
+            watch.update(state="done")
+        if watch.run.state == "done":
+            for record in plan.gone:
+                table.remove_unit(job.output, record)
+        files.remove_stale_temporaries(job.output)
+        if plan.work or plan.gone:
+            table.compact(job.output)
+    return watch.run
+
+
+def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
+    """Runs the units on the chosen Beam runner; returns what failed.
+
+    The manifest has the last word on what was done; the runner's metrics only tell why something was not.
+    """
+    options = PipelineOptions([*local_runner(knobs, beam_options), *beam_options])
+    pipeline = beam.Pipeline(options=options)
+    pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
+    result = pipeline.run()
+    result.wait_until_finish()
+    told = {
+        text.partition("\n")[0]: text.partition("\n")[2]
+        for found in result.metrics().query(_FAILURES)["string_sets"]
+        for text in found.committed
+    }
+    manifest = table.read_manifest(job.output)
+    missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work.unit)]
+    return [told.get(item.id, f"{item.shard}: not finished; the runner's log says why") for item in missing]
+
+
+def _done(record: ManifestRecord | None, item: Unit) -> bool:
+    return record is not None and not record.removed and record.unit.identity == item.identity
+
+
+def local_runner(knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
+    """The options of the default runner: Beam's FnApiRunner by name, its workers threads that share one model.
+
+    Beam's own default first tries to download a binary; its multi-processing mode hangs for good when a worker is
+    killed, so it is refused: more processes are more launchers on one table (--shard-index, --num-shards).
+    """
+    if any("multi_processing" in option for option in beam_options):
+        raise shards.InputError(
+            "--direct_running_mode=multi_processing hangs when a worker is killed: use --workers for threads, and "
+            "several launchers with --shard-index/--num-shards for processes"
+        )
+    if any(option.startswith("--runner") for option in beam_options):
+        return []
+    return ["--runner=FnApiRunner", "--direct_running_mode=multi_threading", f"--direct_num_workers={knobs.threads}"]
+
+
+def check_beam_options(beam_options: Sequence[str], ours: Iterable[str]) -> None:
+    """Raises InputError for an option that neither we nor Beam know; other runners than the local one may know more."""
+    if any(option.startswith("--runner") for option in beam_options):
+        return
+    known = PipelineOptions([]).get_all_options()
+    for option in beam_options:
+        name = option.lstrip("-").partition("=")[0]
+        if option.startswith("-") and name.replace("-", "_") not in known:
+            near = difflib.get_close_matches(name, [*known, *(item.replace("_", "-") for item in ours)], n=3)
+            hint = f"; did you mean {' or '.join('--' + item for item in near)}?" if near else ""
+            raise shards.InputError(f"no option {option.partition('=')[0]}, neither of fusion embed nor of Beam{hint}")

@@ -1,0 +1,122 @@
+"""The command line's options. Nothing here imports what a job imports, so that `fusion --help` is quick."""
+
+import argparse
+from dataclasses import fields
+
+from schemas.feature_table import InputSpec
+
+_DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of `fusion`."""
+    parser = argparse.ArgumentParser(
+        prog="fusion", description="Feature tables and retrieval indexes from image–caption shards.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _demo(_command(commands, "demo", "the whole way on generated shards; ends with a report to open"))
+    _embed(_command(commands, "embed", "embed shards into a feature table; run it again to resume or to add new shards"))
+    _table(_command(commands, "status", "where a running or finished job stands"))
+    _retry(_command(commands, "retry", "the dead letters again, after a repair"))
+    _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
+    _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
+    _search(_command(commands, "search", "search an index by text, by image, or by both"))
+    return parser
+
+
+def _command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+
+
+def _table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="demo-output", metavar="DIR", help="where to work (default: %(default)s)")
+    parser.add_argument("--pairs", type=positive, default=2400, help="good pairs to generate (default: %(default)s)")
+
+
+def _embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", action="extend", nargs="+", required=True, metavar="PATTERN",
+        help="shards: tar, Parquet, CSV/TSV/JSONL listings or folders; paths or URIs with globs and {00000..00099}",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--model", required=True, help="an OpenCLIP name, hf-hub:…, a model folder, a config JSON, or fusion-demo"
+    )
+    parser.add_argument("--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own")
+    parser.add_argument("--precision", default="auto", help="auto (fp32 on the CPU, bf16 or fp16 on a GPU), fp32, bf16, fp16")
+    parser.add_argument(
+        "--fuser", default="", metavar="SPEC",
+        help="also write fused_embedding: weighted_sum:image=0.5,text=0.5, concat, hadamard, or a fuser's folder",
+    )  # fmt: skip
+    for name, what in (("image", "bytes"), ("caption", "text"), ("key", "keys"), ("url", "URLs")):
+        parser.add_argument(
+            f"--{name}-column", default=_DEFAULTS[f"{name}_column"], metavar="NAME", help=f"where a Parquet file or listing has the {what}"
+        )
+    parser.add_argument("--max-image-bytes", type=positive, default=_DEFAULTS["max_image_bytes"], help="default: %(default)s")
+    parser.add_argument("--max-pixels", type=positive, default=_DEFAULTS["max_pixels"], help="default: %(default)s")
+    parser.add_argument("--shard-index", type=int, default=0, help="which of several launchers on one table this is")
+    parser.add_argument("--num-shards", type=positive, default=1, help="how many launchers share the table")
+    _running(parser)
+
+
+def _retry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved")
+    _running(parser)
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=64, help="images and captions in one forward (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
+    parser.add_argument(
+        "--max-dead-letters", type=share, metavar="N|P%%", help="exit with 3 when the table has more dead letters than this"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--output", required=True, metavar="INDEX", help="the index's folder")
+    parser.add_argument(
+        "--column", default="image_embedding", help="image_embedding, text_embedding or fused_embedding (default: %(default)s)"
+    )
+
+
+def _search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", metavar="INDEX", help="the index's folder")
+    parser.add_argument("--text", help="what to look for, in words")
+    parser.add_argument("--image", metavar="FILE", help="what to look for, as a picture")
+    parser.add_argument(
+        "--image-weight", type=float, default=0.5, help="of the image, 0 to 1, when both are given (default: %(default)s)"
+    )
+    parser.add_argument("-k", type=positive, default=10, help="how many results (default: %(default)s)")
+    parser.add_argument("--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def share(text: str) -> tuple[float, bool]:
+    """A number of samples, or a percentage: (value, whether it is a percentage)."""
+    percent = text.endswith("%")
+    try:
+        value = float(text.rstrip("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (not percent and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples nor a percentage like 1%")
+    return value, percent
