@@ -194,30 +194,34 @@ def _judged(error: Exception, name: str, image: bytes, opened: ImageFile | None)
     size, reason = f"{len(image):,} bytes", " ".join(str(error).split())[:160] or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return BadImage("TooManyPixels", f"{name} of {size}: {reason}")
-    if (promised := _promised_bytes(name, image)) > len(image):
-        return BadImage("TruncatedImage", f"{name} of {size}: its header promises {promised:,}")
+    if missing := _missing(name, image):
+        return BadImage("TruncatedImage", f"{name} of {size}: {missing}")
     # While it reads a header, Pillow wraps what it meets at the end of the data in a SyntaxError.
     if opened is None and isinstance(error.__cause__ or error, (EOFError, IndexError, struct.error)):
-        return BadImage("TruncatedImage", f"{name} of {size}: ends before its header does")
+        return BadImage("TruncatedImage", f"{name} of {size}: it ends before its header does")
     kind = "TruncatedImage" if _CUT.search(reason) else "UnsupportedImage" if _UNREADABLE.search(reason) else ""
     return BadImage(kind or "CorruptImage", f"{name} of {size}: {reason}")
 
 
-def _promised_bytes(name: str, image: bytes) -> int:
-    """How long the file must be by its own header, where Pillow's error does not tell; else 0."""
+def _missing(name: str, image: bytes) -> str:
+    """What shows that the end of the file is missing, where Pillow's error does not tell; else an empty string."""
+    promised = 0
+    if name == "PNG" and b"IEND" not in image:
+        return "it has no IEND chunk"
     if name == "WebP":
-        return int.from_bytes(image[4:8], "little") + 8
-    if name == "TIFF" and image[2:4] in (b"*\0", b"\0*"):
-        with suppress(struct.error):
-            return _promised_tiff_bytes(image, "<" if image[:1] == b"I" else ">")
-        return len(image) + 1  # its directory is cut
-    return 0
+        promised = int.from_bytes(image[4:8], "little") + 8
+    elif name == "TIFF" and image[2:4] in (b"*\0", b"\0*"):
+        try:
+            promised = _promised_tiff_bytes(image, "<" if image[:1] == b"I" else ">")
+        except struct.error:
+            return "its directory is cut"
+    return f"its header promises {promised:,}" if promised > len(image) else ""
 
 
 def _promised_tiff_bytes(image: bytes, order: str) -> int:
     """Where the last value, strip or tile of a TIFF's first directory ends; struct.error where the directory is cut."""
-    (directory,) = struct.unpack_from(f"{order}L", image, 4)
-    (n_tags,) = struct.unpack_from(f"{order}H", image, directory)
+    directory: int = struct.unpack_from(f"{order}L", image, 4)[0]
+    n_tags: int = struct.unpack_from(f"{order}H", image, directory)[0]
     tags: dict[int, tuple[int, ...]] = {}
     end = directory + 2 + 12 * n_tags
     for place in range(directory + 2, end, 12):
@@ -229,7 +233,7 @@ def _promised_tiff_bytes(image: bytes, order: str) -> int:
             tags[tag] = struct.unpack_from(values, image, start if n_bytes > 4 else place + 8)
     starts = tags.get(STRIPOFFSETS) or tags.get(TILEOFFSETS, ())
     lengths = tags.get(STRIPBYTECOUNTS) or tags.get(TILEBYTECOUNTS, ())
-    ends = [int(start + length) for start, length in zip(starts, lengths, strict=False)]
+    ends = [start + length for start, length in zip(starts, lengths, strict=False)]
     return max(end, *ends, 0)
 
 

@@ -13,7 +13,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +53,7 @@ _TRAIN_PER_LIST = 64
 _MIN_TRAIN_PER_LIST = 39  # below this FAISS itself warns that cells are guesses
 _TRAIN_BYTES = 4 << 30
 _LATENCY_QUERIES = 200
+_STALE_SECONDS = 24 * 3600
 
 
 class BadIndex(ValueError):
@@ -173,14 +174,13 @@ def recall(scores: Floats, ids: Ids, exact_scores: Floats, exact_ids: Ids, k: in
 class Index:
     """An index whose files were found to be whole: memory-mapped where local, and safe to ask from many threads."""
 
-    def __init__(self, place: str, record: IndexRecord, searchable: Any, batches: list[pa.RecordBatch], scratch: Any):
+    def __init__(self, place: str, record: IndexRecord, searchable: Any, batches: list[pa.RecordBatch]):
         """Takes over what `open` has checked."""
         self.place = place
         self.record = record
         self._faiss = searchable
         self._batches = batches
         self._batch_rows = batches[0].num_rows if batches else 1
-        self._scratch = scratch  # keeps a downloaded index's folder alive
 
     @classmethod
     def open(cls, place: str, verify: bool = True) -> "Index":
@@ -201,12 +201,14 @@ class Index:
 
     @classmethod
     def _open_as(cls, place: str, record: IndexRecord, verify: bool) -> "Index":
-        scratch = None if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
-        folder = scratch.name if scratch else ""
-        vectors, meta = (_checked_file(place, part, verify, folder) for part in (record.vectors, record.meta))
-        _check_header(vectors, record)
-        batches = _read_meta(meta, record)
-        return cls(place, record, _read_vectors(vectors, record), batches, scratch)
+        # What was downloaded stays mapped, on disk, after its name is gone.
+        with (
+            nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-") as scratch
+        ):
+            vectors, meta = (_checked_file(place, part, verify, scratch) for part in (record.vectors, record.meta))
+            _check_header(vectors, record)
+            batches = _read_meta(meta, record)
+            return cls(place, record, _read_vectors(vectors, record), batches)
 
     def search(self, vectors: Floats, k: int, nprobe: int | None = None) -> tuple[Floats, Ids]:
         """Scores [q, k] float32, falling, and ids [q, k] int64 of the best rows, padded with -inf and -1.
@@ -481,10 +483,19 @@ def _publish(place: str, index: Any, table: Table, record: Callable[[Part, Part]
         vectors.publish(written.vectors.path)
         meta.publish(written.meta.path)
     files.write_bytes(place, _RECORD, records.to_json(written, indent=2))
-    for replaced in {before.vectors.path, before.meta.path} if before else ():
-        if replaced not in (written.vectors.path, written.meta.path):
-            files.remove(files.join(place, replaced))
+    _remove_replaced(place, before, written)
     return written
+
+
+def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -> None:
+    """Deletes the files of the index that was replaced, and those of builds that died a day ago or earlier."""
+    replaced = {before.vectors.path, before.meta.path} if before else set()
+    for entry in files.list_files(place):
+        name = entry.place.rpartition("/")[2]
+        stale = _OWN_FILE.fullmatch(name) and time.time() - entry.mtime_ns / 1e9 > _STALE_SECONDS
+        if (name in replaced or stale) and name not in (now.vectors.path, now.meta.path):
+            files.remove(entry.place)
+    files.remove_stale_temporaries(place)
 
 
 def _write_meta(pending: files.PendingFile, table: Table) -> int:

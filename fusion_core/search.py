@@ -1,15 +1,12 @@
 """Queries by text, by image, or by both, answered from an index; and the original picture of an answer."""
 
-import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fusion_core import files, fusers, images
+from fusion_core import fusers, images
 from fusion_core.index import Floats, Index
 from fusion_core.towers import Towers
 from schemas import records
@@ -20,7 +17,7 @@ MAX_IMAGE_BYTES = 64 << 20
 
 
 class WrongSpace(ValueError):
-    """A query whose vector cannot be compared with the index's: other towers, or a fuser that needs the other modality."""
+    """A query that cannot be compared with the index: of other towers, or lacking what the index's fuser needs."""
 
 
 class Searcher:

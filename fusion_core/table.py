@@ -4,6 +4,7 @@ A unit's parts are content-addressed files; its manifest record, written last, m
 dies half-way leaves at most files that no record names, and repeating a unit is harmless.
 """
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -175,6 +176,7 @@ class _ParquetFile:
     def finish(self) -> None:
         self._flush(1)
         self._writer.close()
+        self._pending.flush()
 
     def _flush(self, least: int) -> None:
         table = pa.Table.from_batches(self._buffer, self._schema)
@@ -205,6 +207,9 @@ class _ParquetFile:
         return part
 
     def discard(self) -> None:
+        with contextlib.suppress(OSError):  # on a full disk not even the footer of what is thrown away can be written
+            self._writer.close()
+        self._writer.is_open = False
         self._pending.__exit__()
 
 

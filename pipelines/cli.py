@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipelines import options
 
 if TYPE_CHECKING:
+    from fusion_core.table import Table
     from pipelines.embed import EmbedJob, Plan
     from schemas.feature_table import RunRecord
 
@@ -109,23 +110,20 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan
     knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
     run = embed.run(job, plan, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)
-    report.write_table_report(feature_table, run)
-    _summarize(feature_table.place, run)
+    report.write(feature_table, job.output, "Feature table", run)
+    _summarize(feature_table, run)
     for failure in run.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if run.state == "failed":
         print(f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr)
         return FAILED
-    return _judge_dead_letters(feature_table.place, args.max_dead_letters)
+    return _judge_dead_letters(feature_table, args.max_dead_letters)
 
 
-def _summarize(place: str, run: "RunRecord") -> None:
-    from fusion_core import table
-
-    feature_table = table.Table.open(place)
+def _summarize(feature_table: "Table", run: "RunRecord") -> None:
     errors = _errors(feature_table.records)
     rows_in = sum(record.rows_in for record in feature_table.records)
-    print(f"{place}: {rows_in:,} samples = {feature_table.num_rows:,} rows + {sum(errors.values()):,} dead letters")
+    print(f"{feature_table.place}: {rows_in:,} samples = {feature_table.num_rows:,} rows + {sum(errors.values()):,} dead letters")
     for error, count in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {count:>8,} {error}: {_meaning(error)}")
     repeated = sum(record.repeated_keys for record in feature_table.records)
@@ -148,12 +146,10 @@ def _errors(found: Sequence[Any]) -> dict[str, int]:
     return counts
 
 
-def _judge_dead_letters(place: str, limit: tuple[float, bool] | None) -> int:
-    from fusion_core import table
-
+def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None) -> int:
     if limit is None:
         return DONE
-    found = table.Table.open(place).records
+    found = feature_table.records
     dead, rows_in = sum(record.rows_dead for record in found), sum(record.rows_in for record in found)
     value, percent = limit
     if dead <= (value / 100 * rows_in if percent else value):

@@ -1,0 +1,1 @@
+"""Captioned scenes, shards of them, and a small CLIP that reads them."""

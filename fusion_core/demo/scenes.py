@@ -99,7 +99,7 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn; `position` is empty unless one object stands alone, the last three unless there is a second object."""
+    """What is drawn; `position` is empty unless one object stands alone, the last three unless there are two."""
 
     shape: str
     colour: str

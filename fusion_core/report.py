@@ -1,0 +1,152 @@
+"""The run report: one HTML page that stands alone, without scripts."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image, ImageOps
+
+from fusion_core import files
+from fusion_core.table import Table
+from schemas.feature_table import RunRecord
+from schemas.index import IndexRecord
+from schemas.samples import ERRORS
+
+_MAX_LETTERS = 100
+_MAX_PARTS = 50  # parts looked into for the histogram and the dead letters: the report's cost stays bounded
+_BINS = 60
+
+
+def write(
+    table: Table,
+    place: str,
+    title: str,
+    run: RunRecord | None = None,
+    index: IndexRecord | None = None,
+    searches: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Writes the report of a table, and of a run, an index and searches where given, as `place/report.html`.
+
+    A search is a mapping with `title`, optionally `query_image` (a data URI), and `hits`: rows of a search result with
+    a `picture` (a data URI or None).
+    """
+    page = _template().render(
+        title=title,
+        table=_describe_table(table),
+        run=_describe_run(run) if run else None,
+        index=_describe_index(index) if index else None,
+        searches=searches,
+        stages=_stages(table),
+        errors=_errors(table),
+        letters=_letters(table),
+        histogram=_histogram(table),
+    )
+    files.write_bytes(place, "report.html", page.encode())
+
+
+def picture(data: bytes, pixels: int = 224) -> str:
+    """A small copy of an image as a data URI."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    image.thumbnail((pixels, pixels))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _template() -> jinja2.Template:
+    source = Path(__file__).with_name("report.html").read_text("utf-8")
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+
+
+def _describe_table(table: Table) -> dict[str, Any]:
+    tower, fuser = table.spec.tower, table.spec.fuser
+    return {
+        "place": table.place,
+        "model": tower.model,
+        "precision": tower.precision,
+        "dim": tower.embedding_dim,
+        "fuser": fuser.type if fuser else "",
+        "samples": sum(record.rows_in for record in table.records),
+        "rows": table.num_rows,
+        "dead": sum(record.rows_dead for record in table.records),
+        "units": len(table.records),
+    }
+
+
+def _describe_run(run: RunRecord) -> dict[str, Any]:
+    start, end = datetime.fromisoformat(run.started_at), datetime.fromisoformat(run.updated_at)
+    seconds = max((end - start).total_seconds(), 1.0)
+    return {
+        "rate": run.samples_done / seconds,
+        "elapsed": f"{seconds / 3600:.1f} h" if seconds > 7200 else f"{seconds:.0f} s",
+        "state": run.state,
+        "units_done": run.units_done,
+        "units_skipped": run.units_skipped,
+    }
+
+
+def _describe_index(index: IndexRecord) -> dict[str, Any]:
+    return {
+        "factory": index.factory,
+        "column": index.column,
+        "rows_indexed": index.rows_indexed,
+        "rows_table": index.rows_table,
+        "bytes": index.vectors.size_bytes,
+        "recalls": index.recalls,
+        "latency_ms": index.latency_ms,
+    }
+
+
+def _stages(table: Table) -> list[dict[str, Any]]:
+    seconds: dict[str, float] = {}
+    for record in table.records:
+        for stage, spent in record.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    seconds.pop("unit", None)
+    total = sum(seconds.values()) or 1.0
+    samples = sum(record.rows_in for record in table.records)
+    return [
+        {"name": stage, "seconds": spent, "rate": samples / spent if spent else 0.0, "share": spent / total}
+        for stage, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def _errors(table: Table) -> list[dict[str, Any]]:
+    counts: dict[str, int] = {}
+    for record in table.records:
+        for error, count in record.errors.items():
+            counts[error] = counts.get(error, 0) + count
+    return [
+        {"name": error, "count": count, "meaning": ERRORS.get(error, "")}
+        for error, count in sorted(counts.items(), key=lambda item: -item[1])
+    ]
+
+
+def _letters(table: Table) -> list[dict[str, Any]]:
+    letters: list[dict[str, Any]] = []
+    for record in table.records:
+        if record.dead_letters and len(letters) < _MAX_LETTERS:
+            letters += table.read_part(record.dead_letters).slice(0, _MAX_LETTERS - len(letters)).to_pylist()
+    return letters
+
+
+def _histogram(table: Table) -> dict[str, Any] | None:
+    parts = table.parts[:: max(1, len(table.parts) // _MAX_PARTS)]
+    found = [pc.drop_null(table.read_part(part, ["similarity"])["similarity"]).to_numpy() for part in parts]
+    values = np.concatenate([*found, np.empty(0, np.float32)])
+    if not len(values):
+        return None
+    counts, edges = np.histogram(values, bins=_BINS)
+    return {
+        "bars": (counts / counts.max()).tolist(),
+        "low": float(edges[0]),
+        "high": float(edges[-1]),
+        "n": len(values),
+        "mean": float(values.mean()),
+    }

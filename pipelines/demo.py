@@ -1,0 +1,86 @@
+"""`fusion demo`: the whole way on generated shards, through the commands that a user would type."""
+
+import io
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_core import files, index, report, search, table, towers
+from fusion_core.demo import scenes, shards
+from pipelines import cli
+
+_PER_SHARD = 300
+_SEED = 7
+_TEXTS = ("two large red stars on a white background", "a small blue ring left of a yellow square")
+_CHANGE = "a large green star"  # what the third search asks of its picture
+
+
+def run(output: str, pairs: int) -> int:
+    """Generates shards, embeds, indexes and searches them, and writes `report.html`; returns the exit code."""
+    started = time.perf_counter()
+    folder = Path(output)
+    print(f"generating {pairs:,} captioned scenes, {len(shards.BROKEN)} broken ones among them")
+    shards.write_shards(folder / "shards", pairs, _PER_SHARD, _SEED)
+    query = folder / "query.jpg"
+    query.write_bytes(_query_picture())
+    the_table, the_index = str(folder / "table"), str(folder / "index")
+    commands = [
+        ["embed", "--input", f"{folder}/shards/*.tar", "--output", the_table, "--model", towers.DEMO,
+         "--fuser", "weighted_sum:image=0.5,text=0.5"],
+        ["verify", the_table],
+        ["index", the_table, "--output", the_index],
+        ["search", the_index, "--text", _TEXTS[0], "-k", "5"],
+        ["search", the_index, "--image", str(query), "-k", "5"],
+        ["search", the_index, "--image", str(query), "--text", _CHANGE, "--image-weight", "0.4", "-k", "5"],
+    ]  # fmt: skip
+    for command in commands:
+        print(f"\n$ fusion {shlex.join(command)}", flush=True)
+        code = cli.main(command)
+        if code:
+            return code
+    _write_report(folder, the_table, the_index, query)
+    print(f"\n{folder / 'report.html'}: open it in a browser ({time.perf_counter() - started:.0f} s in all)")
+    return 0
+
+
+def _query_picture() -> bytes:
+    """A scene that is in none of the shards."""
+    rng = np.random.default_rng(2_000_003)
+    scene = scenes.sample_scene(rng, held_out=True, kind="single")
+    stream = io.BytesIO()
+    scenes.render(scene, rng).save(stream, "JPEG", quality=shards.JPEG_QUALITY)
+    return stream.getvalue()
+
+
+def _write_report(folder: Path, the_table: str, the_index: str, query: Path) -> None:
+    found = index.Index.open(files.absolute(the_index))
+    searcher = search.Searcher(found, towers.for_spec(found.record.table_spec.tower))
+    image = query.read_bytes()
+    searches = [
+        _search(searcher, f"Search by text: “{_TEXTS[0]}”", text=_TEXTS[0]),
+        _search(searcher, f"Search by text: “{_TEXTS[1]}”", text=_TEXTS[1]),
+        _search(searcher, "Search by picture", image=image),
+        _search(searcher, f"Search by picture and text: “{_CHANGE}”", text=_CHANGE, image=image, image_weight=0.4),
+    ]
+    feature_table = table.Table.open(the_table)
+    report.write(
+        feature_table, str(folder), "Fusion demo", table.read_runs(feature_table.place)[-1], found.record, searches
+    )
+
+
+def _search(searcher: search.Searcher, title: str, **query: Any) -> dict[str, Any]:
+    hits = searcher.search(k=6, **query).to_pylist()
+    shown = report.picture(query["image"]) if "image" in query else ""
+    return {"title": title, "query_image": shown, "hits": [{**hit, "picture": _picture(hit)} for hit in hits]}
+
+
+def _picture(hit: Mapping[str, Any]) -> str | None:
+    """The hit's original picture, read from its shard; None where there is none to show."""
+    try:
+        return report.picture(search.fetch_image(hit))
+    except (OSError, ValueError):
+        return None

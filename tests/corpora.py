@@ -1,0 +1,101 @@
+"""Small real corpora and tables for the tests."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fusion_core import table
+from schemas.feature_table import InputSpec, ManifestRecord, Preprocess, TableSpec, TowerSpec, features_schema
+from schemas.samples import DeadLetter, InputIdentity, Unit
+
+TOWER = TowerSpec("toy", "", "c" * 64, "w" * 64, 16, "fp32", Preprocess(8, 8, (0.5,) * 3, (0.5,) * 3))
+SPEC = TableSpec(TOWER, InputSpec())
+
+
+def photo(seed: int, size: tuple[int, int] = (80, 60), format: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
+    """An encoded picture with smooth and noisy parts; the seed decides which."""
+    rng = np.random.default_rng(seed)
+    low = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 6, (size[1], size[0], 3))
+    image = Image.fromarray(np.clip(np.asarray(low) + noise, 0, 255).astype(np.uint8)).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+    """A tar of (name, content) members in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pairs(n: int, start: int = 0, size: tuple[int, int] = (80, 60)) -> list[tuple[str, bytes]]:
+    """The members of n good samples: picture, caption, sidecar."""
+    members = []
+    for i in range(start, start + n):
+        sidecar = {"url": f"https://pictures.example/{i}.jpg", "width": size[0], "note": "naïve"}
+        members += [
+            (f"{i:06d}.jpg", photo(i, size)),
+            (f"{i:06d}.txt", f"a picture of number {i}".encode()),
+            (f"{i:06d}.json", json.dumps(sidecar).encode()),
+        ]
+    return members
+
+
+def toy_unit(name: str = "shard-0123456789ab", shard: str = "/data/shard.tar", **fields: object) -> Unit:
+    """A unit that nothing needs to lie behind."""
+    return Unit(id=name, layout="tar", shard=shard, identity=InputIdentity(1, 2), **fields)  # type: ignore[arg-type]
+
+
+def toy_batch(rows: Iterable[int], spec: TableSpec = SPEC, shard: str = "/data/shard.tar", **columns: object) -> pa.RecordBatch:
+    """Feature rows with random unit vectors that the row number decides."""
+    numbers = list(rows)
+    schema = features_schema(spec)
+    given: Mapping[str, object] = {
+        "key": [f"k{row}" for row in numbers],
+        "shard": [shard] * len(numbers),
+        "row": numbers,
+        "has_image": [True] * len(numbers),
+        "has_text": [True] * len(numbers),
+        "similarity": np.zeros(len(numbers), np.float32),
+        **columns,
+    }
+    arrays = []
+    for field in schema:
+        if pa.types.is_fixed_size_list(field.type) and field.name not in given:
+            arrays.append(table.to_arrow(toy_vectors(numbers, field.type.list_size, field.name), field.type))
+        elif field.name in given:
+            value = given[field.name]
+            arrays.append(value if isinstance(value, pa.Array) else pa.array(value, field.type))
+        else:
+            arrays.append(pa.nulls(len(numbers), field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def toy_vectors(rows: Iterable[int], dim: int, salt: str) -> np.ndarray:
+    """Unit vectors, float16 [n, dim]."""
+    numbers = np.fromiter(rows, np.int64)
+    matrix = np.random.default_rng([*salt.encode()]).normal(size=(numbers.max(initial=0) + 1, dim))[numbers]
+    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_unit(
+    place: Path, unit: Unit, rows: Iterable[int], dead: Iterable[int] = (), spec: TableSpec = SPEC, **writer: object
+) -> ManifestRecord:
+    """One unit committed to the table at `place`."""
+    table.claim(str(place), spec)
+    with table.UnitWriter(str(place), spec, unit, **writer) as out:  # type: ignore[arg-type]
+        out.write(toy_batch(rows, spec, unit.shard))
+        out.reject(DeadLetter(f"k{row}", row, "decode", "CorruptImage", "broken on purpose") for row in dead)
+        return out.commit()
