@@ -69,8 +69,11 @@ def stat_many(places: list[str]) -> list[Entry | None]:
     """`stat` of many places on one filesystem, in their order."""
     if not places:
         return []
-    filesystem, _ = resolve(places[0])
-    infos = filesystem.get_file_info([resolve(place)[1] if not is_local(place) else place for place in places])
+    filesystem, path = resolve(places[0])
+    scheme = places[0].removesuffix(path)  # resolving a URI makes a new client, so it is done once
+    infos = filesystem.get_file_info(
+        [place.removeprefix(scheme) if place.startswith(scheme) else resolve(place)[1] for place in places]
+    )
     return [
         _entry(place, info) if info.type == pafs.FileType.File else None
         for place, info in zip(places, infos, strict=True)

@@ -83,9 +83,9 @@ def parse(text: str, dim: int) -> Fuser:
 
     `dim` is the towers' embedding dimension. Raises FuserError.
     """
-    if files.stat(files.join(text, "fuser.json")):
-        return load(text, dim)
     name, _, options = text.partition(":")
+    if name not in _KINDS and files.stat(files.join(files.absolute(text), "fuser.json")):
+        return load(files.absolute(text), dim)
     params = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")

@@ -15,7 +15,7 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -298,8 +298,6 @@ def _upright(opened: ImageFile) -> Image.Image:
     opened.load()
     method = _TRANSPOSES.get(_orientation(opened))
     image = _eight_bit(opened)
-    # Converting a palette with alpha values to RGB drops them anyway, after a warning.
-    image.info.pop("transparency", None)
     return image if method is None else image.transpose(method)
 
 
@@ -350,7 +348,9 @@ def _shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
     return edge, int(edge * width / height)
 
 
-def _keep_ratio(size: tuple[int, int], target: tuple[int, int], pick: Any) -> tuple[int, int]:
+def _keep_ratio(
+    size: tuple[int, int], target: tuple[int, int], pick: Callable[[float, float], float]
+) -> tuple[int, int]:
     """(height, width) as open_clip's `ResizeKeepRatio` computes it: rounded, half to even."""
     ratio = pick(size[0] / target[0], size[1] / target[1])
     return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))

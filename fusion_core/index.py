@@ -201,10 +201,9 @@ class Index:
 
     @classmethod
     def _open_as(cls, place: str, record: IndexRecord, verify: bool) -> "Index":
-        # What was downloaded stays mapped, on disk, after its name is gone.
-        with (
-            nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-") as scratch
-        ):
+        # What was downloaded stays mapped, and on disk, after its name is gone.
+        folder: Any = nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
+        with folder as scratch:
             vectors, meta = (_checked_file(place, part, verify, scratch) for part in (record.vectors, record.meta))
             _check_header(vectors, record)
             batches = _read_meta(meta, record)

@@ -1,23 +1,28 @@
 """Queries by text, by image, or by both, answered from an index; and the original picture of an answer."""
 
+import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fusion_core import fusers, images
+from fusion_core import fields, files, fusers, images, tabular, tars
 from fusion_core.index import Floats, Index
 from fusion_core.towers import Towers
 from schemas import records
-from schemas.feature_table import TowerSpec
+from schemas.feature_table import InputSpec, TowerSpec
 from schemas.index import ANSWER
-
-MAX_IMAGE_BYTES = 64 << 20
 
 
 class WrongSpace(ValueError):
     """A query that cannot be compared with the index: of other towers, or lacking what the index's fuser needs."""
+
+
+class NoImage(ValueError):
+    """The original picture of a row cannot be had: why, and what would help."""
 
 
 class Searcher:
@@ -94,6 +99,69 @@ class Searcher:
             )
         vector: Floats = fused[0]
         return vector
+
+
+def fetch_image(row: Mapping[str, Any], max_bytes: int = 64 << 20, spec: InputSpec | None = None) -> bytes:
+    """The original, encoded picture of a row of META or ANSWER (as a dict), read from its shard.
+
+    From a plain tar only the picture's bytes are read; from Parquet and listings also some rows before it. `spec` says
+    which column holds images, where the table's job was told so (`record.table_spec.input`). Raises NoImage, also
+    where the shard no longer holds the picture that was embedded, and OSError where it cannot be read.
+    """
+    if row["sha256"] is None:
+        raise NoImage(f"row {row['row']} of {row['shard']} has no image")
+    for picture in _pictures(row, max_bytes, spec or InputSpec()):
+        if hashlib.sha256(picture).digest() == row["sha256"]:
+            return picture
+    raise NoImage(
+        f"row {row['row']} of {row['shard']} (key {row['key']!r}) is another image now: embed the shard again"
+    )
+
+
+def _pictures(row: Mapping[str, Any], max_bytes: int, spec: InputSpec) -> Iterator[bytes]:
+    """What stands where the row's picture should be."""
+    shard = row["shard"]
+    if row["offset"] is not None:
+        yield _read_range(shard, row["offset"], row["length"], max_bytes)
+    elif files.is_folder(shard):
+        suffixes = [*tars.IMAGES, *(suffix.upper() for suffix in tars.IMAGES)]
+        entries = files.stat_many([files.join(shard, f"{row['key']}.{suffix}") for suffix in suffixes])
+        yield from (_read_range(entry.place, 0, entry.size_bytes, max_bytes) for entry in entries if entry)
+    elif tabular.is_text_listing(shard) or shard.endswith(".parquet"):
+        yield from _tabular_pictures(row, max_bytes, spec)
+    else:
+        raise NoImage(f"single images cannot be read from {shard}: unpack it and embed the plain tar")
+
+
+def _tabular_pictures(row: Mapping[str, Any], max_bytes: int, spec: InputSpec) -> Iterator[bytes]:
+    shard = row["shard"]
+    if tabular.is_text_listing(shard):
+        columns = tabular.listing_columns(shard, spec)
+    else:
+        with tabular.Parquet(shard) as parquet:
+            columns = fields.find_columns(parquet.schema, spec, shard)
+    listing = tabular.Listing(shard, columns)
+    for found in listing.rows(row["row"], row["row"] + 1):
+        if found.image and found.image.size_bytes is not None:
+            _check_size(shard, found.image.size_bytes, max_bytes)
+            yield found.image.read()
+        elif columns.path and isinstance(path := found.values.get(columns.path), str):
+            place = listing.image_place(path)
+            entry = files.stat(place)
+            if entry is not None:
+                yield _read_range(place, 0, entry.size_bytes, max_bytes)
+
+
+def _read_range(place: str, offset: int, length: int, max_bytes: int) -> bytes:
+    _check_size(place, length, max_bytes)
+    with files.open_input(place) as stream:
+        stream.seek(offset)
+        return stream.read(length)
+
+
+def _check_size(place: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise NoImage(f"the image in {place} has {size:,} bytes, more than the {max_bytes:,} asked for")
 
 
 def _check_towers(index: Index, theirs: TowerSpec) -> None:

@@ -26,7 +26,7 @@ from schemas.samples import DEAD_LETTERS, DeadLetter, Unit
 
 ROW_GROUP_ROWS = 8192
 _SNAPSHOT = pa.schema([("unit", pa.string()), ("record", pa.binary())])
-_LISTING_TRIES = 5  # a reader lists again when a compaction moved the records under it
+_LISTING_TRIES = 100  # a reader lists again when a compaction moved the records under it
 
 
 class LedgerError(RuntimeError):
@@ -87,23 +87,38 @@ class Manifest:
 
 def read_manifest(place: str) -> Manifest:
     """The manifest of the table at `place`, also while jobs write to it."""
-    for _ in range(_LISTING_TRIES - 1):
-        try:
-            return _read_listing(_manifest_files(place))
-        except FileNotFoundError:
+    before = _manifest_files(place)
+    for _ in range(_LISTING_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            manifest = _read_listing(before)
+            after = _manifest_files(place)
+            if _nothing_moved(before, after):
+                return manifest
+            before = after
             continue
-    return _read_listing(_manifest_files(place))
+        before = _manifest_files(place)
+    raise TableError(f"{place}: the manifest was compacted {_LISTING_TRIES} times while it was read: try again")
+
+
+def _nothing_moved(before: Sequence[files.Entry], after: Sequence[files.Entry]) -> bool:
+    """Whether no compaction ran between two listings: it may hide a record from a listing that passes by meanwhile."""
+    earlier, later = ({entry.place for entry in entries} for entries in (before, after))
+    return earlier <= later and not any(place.endswith(".parquet") for place in later - earlier)
 
 
 def compact(place: str) -> None:
     """Folds all records into one snapshot, so that opening the table lists few files.
 
-    Only files whose content is in the new snapshot are removed, so that launchers side by side lose nothing.
+    Only files whose content is in the new snapshot are removed, so that launchers side by side lose nothing; when
+    another one compacts at the same time, it is left to it.
     """
     entries = _manifest_files(place)
     if len(entries) <= 1 and all(entry.place.endswith(".parquet") for entry in entries):
         return
-    manifest = _read_listing(entries)
+    try:
+        manifest = _read_listing(entries)
+    except FileNotFoundError:
+        return
     rows = sorted(manifest.by_unit.items())
     table = pa.table(
         {"unit": [unit for unit, _ in rows], "record": [records.to_json(record) for _, record in rows]}, _SNAPSHOT
@@ -113,7 +128,7 @@ def compact(place: str) -> None:
         name = f"snapshot-{len(rows):08d}-{pending.sha256[:16]}.parquet"
         pending.publish(f"manifest/{name}")
     for entry in entries:
-        if not entry.place.endswith(name):
+        if not entry.place.endswith(name) and files.stat(entry.place) == entry:
             files.remove(entry.place)
 
 

@@ -92,7 +92,7 @@ class _Source:
         while chunk := self._read(_BUFFER_BYTES):
             if chunk.strip(b"\0"):
                 offset = self._position - len(chunk.lstrip(b"\0"))
-                message = f"data at byte {offset}, after the end-of-archive marker: damage, or two tars in a row (split them)"
+                message = f"data at byte {offset}, after the end of the archive: damage, or two tars in a row"
                 raise _Cut("CorruptShard", offset, message)
         if self._position - marker > _ZERO_TAIL_BYTES:
             message = f"nothing but zeros in the last {self._position - marker} bytes: a copy that was not completed"

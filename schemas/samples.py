@@ -21,7 +21,7 @@ class InputIdentity:
 class Unit:
     """A stable range of one shard: the atom of work, of commit and of resume.
 
-    `start` and `stop` count row groups in a Parquet shard, rows in a listing, sorted files in a folder, and are 0 for a
+    `start` and `stop` count row groups in a Parquet shard, rows in a listing, sorted samples in a folder, and are 0 for a
     tar, which is always one unit. `first_row` is the row number, in the shard, of the unit's first sample.
     """
 
@@ -35,6 +35,7 @@ class Unit:
     rows: int | None = None  # how many samples, where the shard says so before it is read
     first_name: str = ""  # a folder's slice: its first and last file, by relative path
     last_name: str = ""
+    path_column: str = ""  # a listing's column of image paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ ERRORS = {
     "TooManyBytes": "more bytes than --max-image-bytes (images) or the limit of captions and sidecars",
     "ImageNotEmbedded": "the row names a path but holds no bytes: embed the images, or use a listing",
     "PathOutsideRoot": "the path leads out of the listing's folder: move the image below it",
+    "BrokenRow": "the listing's row does not parse, or has another number of cells than there are columns: repair it",
     "MissingFile": "the listed image does not exist or cannot be read",
 }
 
