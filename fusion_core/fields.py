@@ -196,14 +196,15 @@ def _check_text(value: object, stage: str, error: str, what: str) -> None:
         raise Rejected(stage, error, f"{what}: {value.message}")
     if not isinstance(value, str):
         raise Rejected(stage, error, f"{what} holds {str(value)[:80]!r} ({type(value).__name__}), not a string")
-    if len(value) > TEXT_BYTES:
-        raise Rejected(stage, "TooManyBytes", f"{what} holds {len(value)} characters, more than {TEXT_BYTES}")
-    _check_surrogates(value, stage, error, what)
+    size_bytes = _utf8_bytes(value, stage, error, what)
+    if size_bytes > TEXT_BYTES:
+        raise Rejected(stage, "TooManyBytes", f"{what} holds {size_bytes} bytes, more than {TEXT_BYTES}")
 
 
-def _check_surrogates(value: str, stage: str, error: str, what: str) -> None:
+def _utf8_bytes(value: str, stage: str, error: str, what: str) -> int:
+    """The string's length as UTF-8; raises Rejected for lone surrogates."""
     try:
-        value.encode()
+        return len(value.encode())
     except UnicodeEncodeError as problem:
         raise Rejected(stage, error, f"{what} is not UTF-8 at character {problem.start}") from problem
 
@@ -247,9 +248,9 @@ def sidecar_texts(data: bytes) -> tuple[str | None, str | None, str]:
     parsed = parse_object(data)
     caption, url = (value if isinstance(value := parsed.get(name), str) else None for name in ("caption", "url"))
     if caption is not None:
-        _check_surrogates(caption, "caption", "CaptionNotUtf8", "the sidecar's caption")
+        _utf8_bytes(caption, "caption", "CaptionNotUtf8", "the sidecar's caption")
     if url is not None:
-        _check_surrogates(url, "meta", "MetadataNotJson", "the sidecar's url")
+        _utf8_bytes(url, "meta", "MetadataNotJson", "the sidecar's url")
     return caption, url, data.decode()
 
 

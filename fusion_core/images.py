@@ -83,16 +83,8 @@ def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
 
 # ------------------------------------------------------------------------------------------------ which format is it
 
-
-class _Jpeg(JpegImageFile):
-    """A JPEG, or the first frame of an MPO, whose EXIF is not looked into for the resolution: it may be broken."""
-
-    def _read_dpi_from_exif(self) -> None:
-        pass
-
-
 _READ: tuple[tuple[bytes, str, type[ImageFile]], ...] = (
-    (b"\xff\xd8\xff", "JPEG", _Jpeg),
+    (b"\xff\xd8\xff", "JPEG", JpegImageFile),  # of an MPO the first frame
     (b"\x89PNG\r\n\x1a\n", "PNG", PngImageFile),
     (b"GIF87a", "GIF", GifImageFile),
     (b"GIF89a", "GIF", GifImageFile),

@@ -146,10 +146,16 @@ def _tabular_pictures(row: Mapping[str, Any], max_bytes: int, spec: InputSpec) -
             _check_size(shard, found.image.size_bytes, max_bytes)
             yield found.image.read()
         elif columns.path and isinstance(path := found.values.get(columns.path), str):
-            place = listing.image_place(path)
-            entry = files.stat(place)
+            entry = files.stat(_image_place(listing, path))
             if entry is not None:
-                yield _read_range(place, 0, entry.size_bytes, max_bytes)
+                yield _read_range(entry.place, 0, entry.size_bytes, max_bytes)
+
+
+def _image_place(listing: tabular.Listing, path: str) -> str:
+    try:
+        return listing.image_place(path)
+    except fields.Rejected as error:
+        raise NoImage(f"{listing.place}: {error}") from error
 
 
 def _read_range(place: str, offset: int, length: int, max_bytes: int) -> bytes:

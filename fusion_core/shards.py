@@ -123,13 +123,21 @@ def _find(pattern: str, found: _Found) -> None:
     if _exists(files.absolute(pattern)):
         names = [pattern]  # even if it looks like a pattern
     else:
-        names = list(islice(braceexpand(pattern, escape=False), _MAX_EXPANSION + 1))
-        if len(names) > _MAX_EXPANSION:
-            raise InputError(f"{pattern!r} stands for more than {_MAX_EXPANSION} places: use a glob")
+        names = _expand(pattern)
         for name in filter(_has_magic, names):
             _find_glob(files.absolute(name), found)
         names = [name for name in names if not _has_magic(name)]
     _find_named(pattern, [files.absolute(name) for name in names], found)
+
+
+def _expand(pattern: str) -> list[str]:
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)  # looked at first: the library holds each in memory
+    names = []
+    if all(abs(int(first) - int(last)) <= _MAX_EXPANSION for first, last in ranges):
+        names = list(islice(braceexpand(pattern, escape=False), _MAX_EXPANSION + 1))
+    if not 0 < len(names) <= _MAX_EXPANSION:
+        raise InputError(f"{pattern!r} stands for more than {_MAX_EXPANSION} places: use a glob")
+    return names
 
 
 def _exists(place: str) -> bool:

@@ -285,8 +285,9 @@ class _Text:
         while len(_marks) > _MARKED_FILES:
             _marks.pop(next(iter(_marks)), None)
         self._row = 0
-        self._given_back: deque[bytes] = deque()
-        self.taken: list[bytes] = []  # since the record began
+        self._given_back: deque[tuple[int, bytes]] = deque()  # lines with their offsets
+        self._offsets: list[int] = []
+        self.taken: list[bytes] = []  # the record's lines so far
         if self._stream.read(3) != codecs.BOM_UTF8:
             self._stream.seek(0)
 
@@ -299,7 +300,7 @@ class _Text:
     def go_near(self, row: int) -> int:
         """Goes to the nearest row at or before `row` whose place is known; returns which."""
         self.begin()
-        known = max((mark for mark in self._marks if mark <= row), default=0)
+        known = max((mark for mark in list(self._marks) if mark <= row), default=0)  # others may add marks
         if known:
             self._stream.seek(self._marks[known])
             self._given_back.clear()
@@ -308,15 +309,16 @@ class _Text:
 
     def begin(self, counted: bool = False) -> None:
         """Begins the next record; `counted` when the last one was a row."""
-        self.taken = []
+        self.taken, self._offsets = [], []
         self._row += counted
         if counted and self._row % _MARK_ROWS == 0:
-            self._marks[self._row] = self._stream.tell() - sum(map(len, self._given_back))
+            self._marks[self._row] = self._given_back[0][0] if self._given_back else self._stream.tell()
 
     def give_back(self) -> None:
         """Keeps only the first line of the record; the others are read again."""
-        self._given_back.extendleft(reversed(self.taken[1:]))
-        del self.taken[1:]
+        lines = zip(self._offsets, self.taken, strict=True)
+        self._given_back.extendleft(reversed(list(lines)[1:]))
+        del self.taken[1:], self._offsets[1:]
 
     def __iter__(self) -> "_Text":
         return self
@@ -324,10 +326,11 @@ class _Text:
     def __next__(self) -> str:
         if len(self.taken) >= _RECORD_LINES or sum(map(len, self.taken)) > fields.TEXT_BYTES:
             raise StopIteration
-        line = self._given_back.popleft() if self._given_back else self._readline()
+        offset, line = self._given_back.popleft() if self._given_back else (self._stream.tell(), self._readline())
         if not line:
             raise StopIteration
         self.taken.append(line)
+        self._offsets.append(offset)
         return line.decode("utf-8", "surrogateescape")
 
     def _readline(self) -> bytes:
@@ -387,7 +390,7 @@ def _csv_rows(text: _Text, header: list[str], delimiter: str) -> Iterator[Row]:
 def _csv_records(text: _Text, delimiter: str) -> Iterator[tuple[list[str], str]]:
     """The cells of each record that is not blank, or what is wrong with it; its lines are `text.taken`."""
     while True:
-        text.taken = []
+        text.begin()
         problem, cells = "", None
         try:
             cells = next(csv.reader(text, delimiter=delimiter, strict=True), None)

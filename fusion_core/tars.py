@@ -8,6 +8,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -28,8 +29,8 @@ _ZERO_TAIL_BYTES = 1 << 20  # tars are padded to 10 KiB, or little more; a file 
 
 def read_tar(unit: Unit, spec: InputSpec) -> Iterator[Sample | DeadLetter]:
     """The samples and dead letters of a tar, in member order; raises OSError when storage fails."""
-    with files.open_input(unit.shard) as stream:
-        yield from _Reader(_Source(stream), spec, unit.first_row).read()
+    with closing(_Source(files.open_input(unit.shard))) as source:
+        yield from _Reader(source, spec, unit.first_row).read()
 
 
 class _Cut(Exception):
@@ -47,13 +48,17 @@ class _Source:
     """The tar's bytes after decompression, read forward; a file object for tarfile, which reads headers from it."""
 
     def __init__(self, stream: BinaryIO):
-        buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER_BYTES)
+        self._buffered = buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER_BYTES)
         self.is_gzip = buffered.read(2) == b"\x1f\x8b"
         self._size = None if self.is_gzip else buffered.seek(0, io.SEEK_END)
         buffered.seek(0)
         self._stream: Any = gzip.GzipFile(fileobj=buffered) if self.is_gzip else buffered
         self._position = 0
         self.ended = False  # a read came short
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._buffered.close()
 
     def tell(self) -> int:
         """How many bytes stand before the next one."""

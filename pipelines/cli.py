@@ -58,6 +58,7 @@ def _leave(message: str) -> NoReturn:
 
 def _quieten() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="apache_beam|open_clip|timm|torch")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -520,6 +520,15 @@ def test_pillows_warnings_stay_inside() -> None:
     assert warnings.filters == before
 
 
+def test_the_last_one_out_lets_warnings_through_again() -> None:
+    before = list(warnings.filters)
+    with images._pillow_silenced():
+        with images._pillow_silenced():
+            pass
+        assert warnings.filters[0] == images._PILLOW_WARNS
+    assert warnings.filters == before
+
+
 def test_threads_get_the_same_pixels_and_leave_the_filters_alone() -> None:
     files = [sample(kind, 70, 50) for kind in ENCODERS] + [with_exif_that_warns()]
     alone = [decode(image, SQUARE, MAX_PIXELS).pixels for image in files]

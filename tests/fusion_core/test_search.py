@@ -1,0 +1,376 @@
+import csv
+import hashlib
+import io
+import tarfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fusion_core import fusers, images, index, search, towers
+from fusion_core import table as tables
+from fusion_core.demo import scenes
+from fusion_core.index import Index
+from fusion_core.search import NoImage, Searcher, WrongSpace, fetch_image
+from fusion_core.towers import Towers
+from schemas.feature_table import InputSpec, TableSpec, features_schema
+from schemas.index import ANSWER
+from schemas.samples import InputIdentity, Unit
+
+ROWS = 48
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Scenes with their captions, encoded in a tar and embedded; every seventh lacks its image, row 5 its caption."""
+
+    shard: Path
+    encoded: list[bytes | None]
+    ranges: list[tuple[int, int] | tuple[None, None]]
+    captions: list[str | None]
+    image: np.ndarray  # float32 [n, D]
+    text: np.ndarray
+
+    @property
+    def has_image(self) -> np.ndarray:
+        return np.array([data is not None for data in self.encoded])
+
+    @property
+    def has_text(self) -> np.ndarray:
+        return np.array([caption is not None for caption in self.captions])
+
+
+@pytest.fixture(scope="module")
+def demo() -> Towers:
+    return towers.load("fusion-demo", device="cpu", precision="fp32")
+
+
+def embed_image(demo: Towers, data: bytes) -> np.ndarray:
+    return demo.embed_images(images.decode(data, demo.spec.preprocess, 10**6).pixels[None])[0]
+
+
+@pytest.fixture(scope="module")
+def pictures(demo: Towers, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    rng = np.random.default_rng(0)
+    encoded, captions = [], []
+    for row in range(ROWS):
+        scene = scenes.sample_scene(rng)
+        stream = io.BytesIO()
+        scenes.render(scene, rng).save(stream, "PNG")
+        encoded.append(None if row % 7 == 6 else stream.getvalue())
+        captions.append(None if row == 5 else scenes.caption(scene, rng).text)
+    shard = tmp_path_factory.mktemp("shards") / "000.tar"
+    dim = demo.spec.embedding_dim
+    image = np.stack([np.zeros(dim) if data is None else embed_image(demo, data) for data in encoded])
+    text = np.stack([np.zeros(dim) if words is None else demo.embed_texts([words])[0] for words in captions])
+    return Pictures(shard, encoded, write_tar(shard, encoded), captions, image, text)
+
+
+def write_tar(path: Path, encoded: list[bytes | None]) -> list[Any]:
+    """The byte range of each image."""
+    ranges: list[Any] = []
+    with tarfile.open(path, "w") as tar:
+        for row, data in enumerate(encoded):
+            if data is not None:
+                member = tarfile.TarInfo(f"{row:03d}.png")
+                member.size = len(data)
+                ranges.append((tar.offset + 512, len(data)))
+                tar.addfile(member, io.BytesIO(data))
+            else:
+                ranges.append((None, None))
+    return ranges
+
+
+def open_index(
+    place: Path,
+    pictures: Pictures,
+    demo: Towers,
+    column: str = "image_embedding",
+    fuser: str = "",
+    keep: slice = slice(None),
+) -> Index:
+    """An index of the pictures (or of those in `keep`), by way of a real table."""
+    made = fusers.parse(fuser, demo.spec.embedding_dim) if fuser else None
+    spec = tables.claim(str(place / "table"), TableSpec(demo.spec, fuser=made.spec if made else None))
+    rows = np.arange(ROWS)[keep]
+    digests = [None if data is None else hashlib.sha256(data).digest() for data in pictures.encoded]
+    columns: dict[str, Any] = {
+        "key": [f"{row:03d}" for row in rows],
+        "shard": [str(pictures.shard)] * len(rows),
+        "row": rows,
+        "offset": [pictures.ranges[row][0] for row in rows],
+        "length": [pictures.ranges[row][1] for row in rows],
+        "caption": [pictures.captions[row] for row in rows],
+        "sha256": [digests[row] for row in rows],
+        "has_image": pictures.has_image[rows],
+        "has_text": pictures.has_text[rows],
+    }
+    vectors = {"image_embedding": pictures.image[rows], "text_embedding": pictures.text[rows]}
+    if made:
+        vectors["fused_embedding"] = made.fuse(*vectors.values(), columns["has_image"], columns["has_text"])[0]
+    schema = features_schema(spec)
+    arrays = [
+        tables.to_arrow(vectors[field.name].astype(np.float16), field.type)
+        if field.name in vectors
+        else pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    with tables.UnitWriter(
+        str(place / "table"), spec, Unit("u", "tar", str(pictures.shard), InputIdentity(1, 1))
+    ) as writer:
+        writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        writer.commit()
+    index.build(tables.Table.open(str(place / "table")), str(place / "index"), column)
+    return Index.open(str(place / "index"))
+
+
+@pytest.fixture(scope="module")
+def by_image(pictures: Pictures, demo: Towers, tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    return Searcher(open_index(tmp_path_factory.mktemp("by_image"), pictures, demo), demo)
+
+
+def ranking(query: np.ndarray, vectors: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
+    """The best rows and their scores by float64 arithmetic; rows of zeros are no rows."""
+    stored = vectors.astype(np.float16).astype(np.float64)
+    scores = np.where(stored.any(axis=1), stored @ query.astype(np.float64), -np.inf)
+    order = np.argsort(-scores, kind="stable")[:k]
+    return order.tolist(), scores[order]
+
+
+def assert_answers(found: pa.Table, query: np.ndarray, vectors: np.ndarray) -> None:
+    ids, scores = ranking(query, vectors, found.num_rows)
+    assert found.schema == ANSWER
+    assert found["rank"].to_pylist() == list(range(1, found.num_rows + 1))
+    np.testing.assert_allclose(found["score"].to_numpy(), scores, atol=1e-5)
+    assert found["id"].to_pylist() == ids
+
+
+# --- what comes back
+
+
+def test_a_text_finds_what_exact_arithmetic_finds(by_image: Searcher, pictures: Pictures, demo: Towers) -> None:
+    for words in ("a red circle", "two objects on a blue background", str(pictures.captions[0])):
+        found = by_image.search(text=words, k=8)
+        assert found.num_rows == 8
+        assert_answers(found, demo.embed_texts([words])[0], pictures.image)
+
+
+def test_answers_carry_the_rows_caption_key_and_place(by_image: Searcher, pictures: Pictures) -> None:
+    for row in by_image.search(text="a red circle", k=5).to_pylist():
+        number = row["id"]
+        assert (row["key"], row["caption"]) == (f"{number:03d}", pictures.captions[number])
+        assert (row["shard"], row["row"]) == (str(pictures.shard), number)
+        assert (row["offset"], row["length"]) == pictures.ranges[number]
+
+
+def test_an_image_finds_itself_first(by_image: Searcher, pictures: Pictures) -> None:
+    for row in (0, 5, 47):
+        data = pictures.encoded[row]
+        assert data is not None
+        first = by_image.search(image=data, k=3).to_pylist()[0]
+        assert (first["id"], first["rank"]) == (row, 1)
+        assert first["score"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_both_rank_by_the_weighted_sum_of_their_cosines(
+    by_image: Searcher, pictures: Pictures, demo: Towers, weight: float
+) -> None:
+    data, words = pictures.encoded[3], "a green square"
+    assert data is not None
+    found = by_image.search(words, data, k=10, image_weight=weight)
+    mixed = weight * embed_image(demo, data) + (1 - weight) * demo.embed_texts([words])[0]
+    assert_answers(found, mixed / np.linalg.norm(mixed), pictures.image)
+
+
+def test_more_than_there_is_gives_what_there_is(by_image: Searcher, pictures: Pictures) -> None:
+    found = by_image.search(text="a red circle", k=10**9)
+    assert sorted(found["id"].to_pylist()) == np.flatnonzero(pictures.has_image).tolist()
+
+
+def test_an_empty_index_answers_with_no_rows(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
+    found = Searcher(open_index(tmp_path, pictures, demo, keep=slice(6, 7)), demo).search(text="a red circle")
+    assert found.schema == ANSWER and found.num_rows == 0
+
+
+def test_vectors_can_be_asked_without_towers(by_image: Searcher, pictures: Pictures) -> None:
+    searcher = Searcher(by_image.index)
+    assert_answers(searcher.search_vector(pictures.text[0], k=4), pictures.text[0], pictures.image)
+    with pytest.raises(ValueError, match="no towers"):
+        searcher.search(text="a red circle")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({}, "a text, an image, or both"),
+        ({"text": ""}, "text of a query is empty"),
+        ({"text": " \n"}, "text of a query is empty"),
+        ({"text": "x", "k": 0}, "k must be at least 1, got 0"),
+        ({"text": "x", "k": -1}, "k must be at least 1, got -1"),
+        ({"text": "x", "image_weight": float("nan")}, "got nan"),
+        ({"text": "x", "image_weight": float("inf")}, "got inf"),
+        ({"text": "x", "image_weight": 1.1}, "got 1.1"),
+        ({"text": "x", "image_weight": -0.1}, "got -0.1"),
+    ],
+)
+def test_impossible_queries_are_refused(by_image: Searcher, query: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        by_image.search(**query)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_an_image_that_does_not_decode_is_named_as_such(by_image: Searcher, data: bytes) -> None:
+    with pytest.raises(images.BadImage):
+        by_image.search(image=data)
+
+
+def test_an_image_that_is_too_large_is_not_decoded(
+    pictures: Pictures, demo: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_index(tmp_path, pictures, demo)
+    limited = replace(opened.record.table_spec, input=InputSpec(max_image_bytes=50))
+    monkeypatch.setattr(opened, "record", replace(opened.record, table_spec=limited))
+    with pytest.raises(ValueError, match="at most 50"):
+        Searcher(opened, demo).search(image=pictures.encoded[0])
+
+
+def test_other_towers_are_refused_by_name(by_image: Searcher, demo: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "spec", replace(demo.spec, weights_sha256="0" * 64))
+    with pytest.raises(WrongSpace, match=r"weights_sha256: '[0-9a-f]{64}' here, '0{64}' there.*load fusion-demo"):
+        Searcher(by_image.index, demo)
+
+
+def test_the_same_towers_from_elsewhere_in_another_precision_are_welcome(
+    by_image: Searcher, demo: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "spec", replace(demo.spec, model="/elsewhere", precision="bf16"))
+    assert Searcher(by_image.index, demo).search(text="a red circle").num_rows == 10
+
+
+# --- fused indexes
+
+
+def fused_of(fuser: str, pictures: Pictures, demo: Towers) -> np.ndarray:
+    made = fusers.parse(fuser, demo.spec.embedding_dim)
+    return made.fuse(pictures.image, pictures.text, pictures.has_image, pictures.has_text)[0]
+
+
+@pytest.mark.parametrize("fuser", ["weighted_sum:image=0.3,text=0.7", "concat:image=0.3,text=0.7", "hadamard"])
+def test_both_pass_the_tables_fuser(fuser: str, pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
+    searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", fuser), demo)
+    data, words = pictures.encoded[3], "a green square"
+    assert data is not None
+    image, text = embed_image(demo, data)[None], demo.embed_texts([words])
+    given = np.array([True])
+    query, _ = fusers.parse(fuser, demo.spec.embedding_dim).fuse(image, text, given, given)
+    assert_answers(searcher.search(words, data, k=6), query[0], fused_of(fuser, pictures, demo))
+
+
+def test_a_fused_index_in_the_backbones_space_takes_a_text_alone(
+    pictures: Pictures, demo: Towers, tmp_path: Path
+) -> None:
+    searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", "weighted_sum"), demo)
+    vectors = fused_of("weighted_sum", pictures, demo)
+    assert_answers(searcher.search("a red circle"), demo.embed_texts(["a red circle"])[0], vectors)
+    data = pictures.encoded[0]
+    assert data is not None
+    assert_answers(searcher.search(image=data), embed_image(demo, data), vectors)
+
+
+def test_a_text_alone_passes_the_fuser_of_an_index_in_its_own_space(
+    pictures: Pictures, demo: Towers, tmp_path: Path
+) -> None:
+    searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", "concat"), demo)
+    text = demo.embed_texts(["a red circle"])
+    expected = np.concatenate([np.zeros_like(text), text], axis=1)[0]
+    assert_answers(searcher.search("a red circle"), expected, fused_of("concat", pictures, demo))
+
+
+def test_a_fuser_that_needs_both_refuses_one(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
+    searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", "hadamard"), demo)
+    for query in ({"text": "a red circle"}, {"image": pictures.encoded[0]}):
+        with pytest.raises(WrongSpace, match="'hadamard'.*give both"):
+            searcher.search(**query)  # type: ignore[arg-type]
+
+
+# --- the original pictures
+
+
+def test_the_original_picture_of_an_answer_is_read_from_its_tar(by_image: Searcher, pictures: Pictures) -> None:
+    for row in by_image.search(text="a red circle", k=ROWS).to_pylist():
+        assert fetch_image(row) == pictures.encoded[row["id"]]
+
+
+def test_a_picture_larger_than_asked_for_is_not_read(by_image: Searcher, pictures: Pictures) -> None:
+    row = by_image.index.meta([0]).to_pylist()[0]
+    assert pictures.encoded[0] is not None
+    size = len(pictures.encoded[0])
+    assert len(fetch_image(row, max_bytes=size)) == size
+    with pytest.raises(NoImage, match=f"more than the {size - 1:,}"):
+        fetch_image(row, max_bytes=size - 1)
+
+
+def test_a_picture_that_is_not_what_was_embedded_is_not_shown(
+    by_image: Searcher, pictures: Pictures, tmp_path: Path
+) -> None:
+    row = by_image.index.meta([0]).to_pylist()[0]
+    write_tar(tmp_path / "000.tar", [data and data[::-1] for data in pictures.encoded])
+    with pytest.raises(NoImage, match="row 0 of .*another image now"):
+        fetch_image({**row, "shard": str(tmp_path / "000.tar")})
+    with pytest.raises(NoImage, match="row 6 of .* has no image"):
+        fetch_image(by_image.index.meta([6]).to_pylist()[0])
+    with pytest.raises(FileNotFoundError):
+        fetch_image({**row, "shard": str(tmp_path / "gone.tar")})
+    with pytest.raises(NoImage, match=r"000\.tar\.gz: unpack it"):
+        fetch_image({**row, "shard": "/data/000.tar.gz", "offset": None, "length": None})
+
+
+def place_in(pictures: Pictures, row: int, shard: Path) -> dict[str, Any]:
+    data = pictures.encoded[row]
+    assert data is not None
+    digest = hashlib.sha256(data).digest()
+    return {"key": f"{row:03d}", "shard": str(shard), "row": row, "offset": None, "length": None, "sha256": digest}
+
+
+@pytest.mark.parametrize("layout", ["bytes", "struct"])
+def test_a_picture_is_read_from_parquet(pictures: Pictures, tmp_path: Path, layout: str) -> None:
+    column = pa.array(pictures.encoded)
+    if layout == "struct":
+        column = pa.StructArray.from_arrays([column, pa.nulls(ROWS, pa.string())], ["bytes", "path"])
+    pq.write_table(pa.table({"image": column, "n": range(ROWS)}), tmp_path / "0.parquet", row_group_size=10)
+    for row in (0, 9, 10, 47):
+        assert fetch_image(place_in(pictures, row, tmp_path / "0.parquet")) == pictures.encoded[row]
+
+
+def test_a_picture_is_read_from_the_column_that_the_job_was_told(pictures: Pictures, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"thumb"] * ROWS, "full": pictures.encoded}), tmp_path / "0.parquet")
+    row = place_in(pictures, 3, tmp_path / "0.parquet")
+    assert fetch_image(row, spec=InputSpec(image_column="full")) == pictures.encoded[3]
+    with pytest.raises(NoImage, match="another image"):
+        fetch_image(row)
+
+
+def test_a_picture_is_read_from_a_folder_and_through_a_listing(pictures: Pictures, tmp_path: Path) -> None:
+    for row, data in enumerate(pictures.encoded):
+        if data is not None:
+            (tmp_path / f"{row:03d}.png").write_bytes(data)
+    with (tmp_path / "list.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("path", "caption"), *((f"{row:03d}.png", "words") for row in range(ROWS))])
+    for shard in (tmp_path, tmp_path / "list.csv"):
+        assert fetch_image(place_in(pictures, 10, shard)) == pictures.encoded[10]
+        with pytest.raises(NoImage, match="more than the 10"):
+            fetch_image(place_in(pictures, 10, shard), max_bytes=10)
+
+
+def test_search_has_no_door_of_its_own_to_faiss() -> None:
+    assert not hasattr(search, "faiss")

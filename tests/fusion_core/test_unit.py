@@ -1,0 +1,192 @@
+"""One unit, from shard to record: what open_clip would give, in order, and nothing lost."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fusion_core import fusers, shards, table, towers, unit
+from fusion_core.demo import shards as demo_shards
+from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
+from schemas.samples import DeadLetter, Sample
+from tests.corpora import pairs, photo, write_tar
+
+MODEL = towers.load(towers.DEMO)
+SPEC = TableSpec(MODEL.spec, InputSpec(), fusers.parse("concat", MODEL.spec.embedding_dim).spec)
+
+
+def embed(shard: Path, place: Path, previous: ManifestRecord | None = None, spec: TableSpec = SPEC) -> ManifestRecord:
+    table.claim(str(place), spec)
+    (planned,) = shards.plan([str(shard)], spec.input)
+    return unit.run_unit(unit.Work(planned, previous), str(place), spec, MODEL)
+
+
+def rows_of(place: Path) -> pa.Table:
+    return pa.Table.from_batches(table.Table.open(str(place)).scan())
+
+
+def test_rows_are_what_open_clip_gives_in_input_order(tmp_path: Path) -> None:
+    members = pairs(75, size=(140, 90))
+    record = embed(write_tar(tmp_path / "a.tar", members), tmp_path / "table")
+    rows = rows_of(tmp_path / "table")
+    assert (record.rows_in, record.rows_out, record.rows_dead) == (75, 75, 0)
+    assert rows["key"].to_pylist() == [f"{i:06d}" for i in range(75)]
+    assert rows["caption"].to_pylist() == [f"a picture of number {i}" for i in range(75)]
+    assert rows["url"][3].as_py() == "https://pictures.example/3.jpg"
+    assert rows["meta"][3].as_py() == dict(members)["000003.json"].decode()
+    assert set(rows["width"].to_pylist()) == {140} and set(rows["height"].to_pylist()) == {90}
+
+    folder = Path(towers.__file__).parent / "demo" / "model"
+    network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    network.eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", bpe_path=str(next(folder.glob("*bpe*"))))
+    pictures = [data for name, data in members if name.endswith("jpg")]
+    with torch.inference_mode():
+        pixels = torch.stack([preprocess(Image.open(io.BytesIO(data))) for data in pictures])
+        image = network.encode_image(pixels, normalize=True).double().numpy()
+        text = network.encode_text(tokenizer(rows["caption"].to_pylist()), normalize=True).double().numpy()
+    ours = {name: table.to_numpy(rows[name].combine_chunks()).astype(np.float64) for name in table.EMBEDDINGS}
+    for name, expected in (("image_embedding", image), ("text_embedding", text)):
+        norms = np.linalg.norm(ours[name], axis=1)
+        np.testing.assert_allclose(norms, 1, atol=2e-3)
+        assert (np.einsum("nd,nd->n", ours[name], expected) / norms).min() >= 0.9999
+    np.testing.assert_allclose(rows["similarity"].to_numpy(), np.einsum("nd,nd->n", image, text), atol=2e-3)
+    both = np.concatenate([image, text], axis=1) / np.sqrt(2)
+    assert np.einsum("nd,nd->n", ours["fused_embedding"], both).min() >= 0.9999
+
+
+def test_the_byte_range_finds_the_picture_again(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(5))
+    embed(shard, tmp_path / "table")
+    data = shard.read_bytes()
+    for row in rows_of(tmp_path / "table").select(["row", "offset", "length"]).to_pylist():
+        assert data[row["offset"] : row["offset"] + row["length"]] == photo(row["row"])
+
+
+def test_rows_may_lack_a_modality(tmp_path: Path) -> None:
+    members = [
+        ("both.jpg", photo(1)), ("both.txt", b"a thing"),
+        ("image.png", photo(2, format="PNG")),
+        ("text.txt", b"words alone"),
+        ("blank.jpg", photo(3)), ("blank.txt", b" \n"),
+    ]  # fmt: skip
+    embed(write_tar(tmp_path / "a.tar", members), tmp_path / "table")
+    rows = rows_of(tmp_path / "table")
+    assert rows["has_image"].to_pylist() == [True, True, False, True]
+    assert rows["has_text"].to_pylist() == [True, False, True, False]
+    assert rows["caption"].to_pylist() == ["a thing", None, "words alone", " \n"]
+    assert [value is None for value in rows["similarity"].to_pylist()] == [False, True, True, True]
+    assert [value is None for value in rows["sha256"].to_pylist()] == [False, False, True, False]
+    for name, flag in (("image_embedding", "has_image"), ("text_embedding", "has_text")):
+        filled = table.to_numpy(rows[name].combine_chunks()).any(axis=1)
+        assert filled.tolist() == rows[flag].to_pylist()
+    assert table.verify(str(tmp_path / "table")) == []
+
+
+def test_broken_samples_cost_their_neighbours_nothing(tmp_path: Path) -> None:
+    clean, broken = (
+        demo_shards.write_shards(tmp_path / name, 500, 500, seed=3, broken=name == "broken")[0] for name in ("clean", "broken")
+    )
+    embed(clean, tmp_path / "clean_table")
+    record = embed(broken, tmp_path / "broken_table")
+    assert record.rows_dead == len(demo_shards.BROKEN)
+    assert record.rows_in == 500 + len(demo_shards.BROKEN) + len(demo_shards.UNUSUAL)
+    expected, found = rows_of(tmp_path / "clean_table"), rows_of(tmp_path / "broken_table")
+    good = found.filter(pa.compute.is_in(found["key"], value_set=expected["key"].combine_chunks()))
+    same = ["key", "caption", "url", "sha256", "width", "height", "similarity", "meta", *table.EMBEDDINGS]
+    assert good.select(same).equals(expected.select(same))
+    errors = table.Table.open(str(tmp_path / "broken_table")).dead_letters()
+    assert dict(zip(errors["key"].to_pylist(), errors["error"].to_pylist(), strict=True)) == {
+        "truncated_jpeg": "TruncatedImage", "empty_image": "EmptyImage", "html_as_jpeg": "NotAnImage",
+        "zeros_as_webp": "NotAnImage", "header_only_jpeg": "TruncatedImage", "bomb_png": "TooManyPixels",
+        "latin1_caption": "CaptionNotUtf8", "broken_json": "MetadataNotJson", "json_only": "EmptySample",
+        "000000000": "DuplicateKey",
+    }  # fmt: skip
+
+
+def test_a_changed_shard_embeds_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(40))
+    first = embed(shard, tmp_path / "table")
+    write_tar(shard, [*pairs(10), ("new.jpg", photo(99)), ("new.txt", b"a new one"), *pairs(30, start=10)])
+    seen: list[int] = []
+    encode = MODEL.embed_images
+    monkeypatch.setattr(MODEL, "embed_images", lambda pixels: (seen.append(len(pixels)), encode(pixels))[1])
+    second = embed(shard, tmp_path / "table", first)
+    assert (sum(seen), second.rows_reused, second.rows_out, second.revision) == (1, 40, 41, 1)
+    embed(shard, tmp_path / "fresh")
+    assert rows_of(tmp_path / "table").equals(rows_of(tmp_path / "fresh"))
+
+
+def test_a_damaged_earlier_part_is_not_believed(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(10))
+    first = embed(shard, tmp_path / "table")
+    assert first.features
+    part = tmp_path / "table" / first.features.path
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    second = embed(shard, tmp_path / "table", first)
+    assert (second.rows_reused, second.features) == (0, first.features)
+    assert table.verify(str(tmp_path / "table")) == []
+
+
+def test_a_shard_that_changes_under_the_job_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(10))
+    encode = MODEL.embed_texts
+    monkeypatch.setattr(MODEL, "embed_texts", lambda texts: (os.utime(shard, ns=(1, 1)), encode(texts))[1])
+    with pytest.raises(unit.InputChanged, match=r"a\.tar changed while the job ran"):
+        embed(shard, tmp_path / "table")
+    assert table.Table.open(str(tmp_path / "table")).records == ()
+
+
+def test_repeated_keys_of_a_parquet_shard_are_kept_and_counted(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    columns = {"key": ["a", "b", "a", "a"], "image": [photo(i) for i in range(4)], "caption": list("wxyz")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    record = embed(tmp_path / "a.parquet", tmp_path / "table")
+    assert (record.rows_out, record.repeated_keys) == (4, 2)
+
+
+def test_the_batch_size_does_not_change_the_rows(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(50))
+    (planned,) = shards.plan([str(shard)], SPEC.input)
+    for batch in (7, 64):
+        place = str(tmp_path / str(batch))
+        table.claim(place, SPEC)
+        unit.run_unit(unit.Work(planned), place, SPEC, MODEL, batch)
+    assert rows_of(tmp_path / "7").equals(rows_of(tmp_path / "64"))
+
+
+items = st.builds(
+    lambda row, image, caption, dead: DeadLetter(str(row), row, "read", "EmptySample", "")
+    if dead
+    else Sample(str(row), row, b"x" if image else None, "y" if caption else None),
+    st.integers(0, 9), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(items, max_size=60), st.integers(1, 9))
+def test_windows_cut_the_stream_without_changing_it(stream: list[Sample | DeadLetter], batch: int) -> None:
+    found = list(unit.windows(stream, batch))
+    assert [item for window in found for item in window] == stream
+    for window in found:
+        assert window
+        samples = [item for item in window if isinstance(item, Sample)]
+        assert max(sum(s.image is not None for s in samples), sum(s.caption is not None for s in samples)) <= batch
+
+
+def test_the_record_says_what_it_cost_and_what_made_it(tmp_path: Path) -> None:
+    record = embed(write_tar(tmp_path / "a.tar", pairs(3)), tmp_path / "table")
+    assert {"read", "decode", "embed_image", "embed_text", "fuse", "write", "unit"} == record.seconds.keys()
+    assert sum(spent for stage, spent in record.seconds.items() if stage != "unit") <= record.seconds["unit"] * 1.2
+    assert torch.__version__.startswith(record.versions["torch"])
+    assert dataclasses.replace(record) == table.Table.open(str(tmp_path / "table")).records[0]
