@@ -48,7 +48,7 @@ def absolute(place: str) -> str:
 
 
 def resolve(place: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a place and the path in it; raises ValueError for a scheme that pyarrow does not know."""
+    """The pyarrow filesystem of a place and the path in it; raises ValueError for a scheme unknown to pyarrow."""
     if is_local(place):
         return pafs.LocalFileSystem(), place
     try:
@@ -116,7 +116,7 @@ def read_bytes(place: str) -> bytes:
 def sha256(place: str) -> str:
     """SHA-256 (hex) of the file's bytes."""
     with open_input(place) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
 
 
 def write_bytes(folder: str, name: str, data: bytes) -> None:
@@ -162,7 +162,7 @@ class PendingFile:
         else:
             scratch = Path(tempfile.gettempdir())
         self.path = scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
-        self._stream = open(self.path, "xb")
+        self._stream = open(self.path, "xb")  # noqa: SIM115 (closed by close)
         self._hash = hashlib.sha256()
         self.size_bytes = 0
 

@@ -37,7 +37,7 @@ class Fuser:
         fused = kind.fuse(image, text, self.spec.params.get("image", 1.0), self.spec.params.get("text", 1.0))
         needed = (has_image & has_text) if kind.needs_both else (has_image | has_text)
         fused = normalize(np.where(needed[:, None], fused, 0))
-        return fused, fused.any(axis=1)
+        return fused, np.asarray(fused.any(axis=1))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Kind:
 
 def _weighted_sum(image: np.ndarray, text: np.ndarray, w_image: float, w_text: float) -> np.ndarray:
     """w_i x_i + w_t x_t; a missing modality leaves the other one as it is. Ranks as the weighted sum of cosines."""
-    return w_image * image + w_text * text
+    return np.asarray(w_image * image + w_text * text)
 
 
 def _concat(image: np.ndarray, text: np.ndarray, w_image: float, w_text: float) -> np.ndarray:
@@ -61,7 +61,7 @@ def _concat(image: np.ndarray, text: np.ndarray, w_image: float, w_text: float) 
 
 def _hadamard(image: np.ndarray, text: np.ndarray, w_image: float, w_text: float) -> np.ndarray:
     """x_i * x_t, elementwise; not defined with a modality missing."""
-    return image * text
+    return np.asarray(image * text)
 
 
 _KINDS = {
@@ -75,7 +75,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
     """The rows as float32 of unit L2 norm; rows of zeros stay zeros."""
     vectors = vectors.astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    return np.asarray(np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0))
 
 
 def parse(text: str, dim: int) -> Fuser:

@@ -382,7 +382,8 @@ class _Planner:
             self.n_passed_over += 1
             return
         if columns.path:
-            self._refuse_overlap(place)
+            if not shard.is_asked:
+                self._refuse_overlap(place)
             yield from self._listing(shard.entry, columns)
             return
         first_row = 0

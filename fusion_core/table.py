@@ -217,7 +217,9 @@ class _ParquetFile:
         """Publishes the finished file as `<prefix>-<hash>.parquet`; nothing when it has no rows."""
         if not self.rows:
             return None
-        part = Part(f"{prefix}-{self._pending.sha256[:16]}.parquet", self.rows, self._pending.size_bytes, self._pending.sha256)
+        part = Part(
+            f"{prefix}-{self._pending.sha256[:16]}.parquet", self.rows, self._pending.size_bytes, self._pending.sha256
+        )
         self._pending.publish(part.path)
         return part
 
@@ -318,7 +320,9 @@ class UnitWriter:
         accounted = np.sort(np.concatenate([written, np.fromiter(self._letters, np.int64)]))
         first = self._unit.first_row
         if not np.array_equal(accounted, np.arange(first, first + len(accounted))):
-            raise LedgerError(f"unit {self._unit.id}: rows {_gap(accounted, first)} of {self._unit.shard} is lost or double")
+            raise LedgerError(
+                f"unit {self._unit.id}: rows {_gap(accounted, first)} of {self._unit.shard} is lost or double"
+            )
         if self._unit.rows is not None and self._unit.rows != len(accounted):
             raise LedgerError(
                 f"unit {self._unit.id}: {self._unit.shard} promised {self._unit.rows} samples, {len(accounted)} came"
@@ -400,7 +404,9 @@ class Table:
             raise TableError(f"{place} is no feature table: it has no table.json (write one with `fusion embed`)")
         manifest = read_manifest(place)
         if manifest.damaged:
-            raise TableError(f"{place}: damaged manifest files {', '.join(manifest.damaged)}: run `fusion verify {place}`")
+            raise TableError(
+                f"{place}: damaged manifest files {', '.join(manifest.damaged)}: run `fusion verify {place}`"
+            )
         return cls(place, spec, manifest.live)
 
     @property
@@ -438,7 +444,7 @@ class Table:
         for batch in self.scan([column, *([flag] if flag else [])], batch_rows):
             matrix = to_numpy(batch[column])
             present = batch[flag].to_numpy(zero_copy_only=False) if flag else matrix.any(axis=1)
-            yield first, matrix, present
+            yield first, matrix, np.asarray(present)
             first += batch.num_rows
 
     @property
@@ -454,7 +460,9 @@ class Table:
         order = np.argsort(positions, kind="stable")
         found, first = [], 0
         for part in self.parts:
-            inside = positions[order][np.searchsorted(positions[order], first) : np.searchsorted(positions[order], first + part.rows)]
+            inside = positions[order][
+                np.searchsorted(positions[order], first) : np.searchsorted(positions[order], first + part.rows)
+            ]
             if len(inside):
                 found.append(self._take_part(part, inside - first, columns))
             first += part.rows
@@ -463,7 +471,7 @@ class Table:
         return taken.take(pa.array(np.argsort(order, kind="stable")))
 
     def sample(self, rows: int, seed: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
-        """`rows` random rows without repetition (all, if there are fewer), in manifest order; the seed decides which."""
+        """`rows` random rows (all, if there are fewer), none twice, in manifest order; the seed decides which."""
         chosen = random.Random(seed).sample(range(self.num_rows), min(rows, self.num_rows))
         return self.take(sorted(chosen), columns)
 
@@ -496,8 +504,8 @@ class Table:
 
 def to_numpy(column: pa.Array) -> np.ndarray:
     """A fixed-size-list array without nulls as a matrix [n, D], without a copy."""
-    width = column.type.list_size
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
+    values = column.flatten().to_numpy(zero_copy_only=True)
+    return np.asarray(values).reshape(-1, column.type.list_size)
 
 
 def to_arrow(matrix: np.ndarray, kind: pa.DataType) -> pa.Array:
@@ -538,7 +546,9 @@ def verify(place: str, progress: Callable[[ManifestRecord], None] = lambda recor
     findings = [Finding("", f"{path}: damaged manifest file") for path in manifest.damaged]
     lying = list_parts(place)
     for record in manifest.live:
-        findings += [Finding(record.unit.id, what) for what in _verify_unit(Table(place, spec, (record,)), record, lying)]
+        findings += [
+            Finding(record.unit.id, what) for what in _verify_unit(Table(place, spec, (record,)), record, lying)
+        ]
         progress(record)
     recorded = {path for record in manifest.live for path in part_paths(record)}
     findings += [

@@ -79,7 +79,9 @@ class Towers:
     def _unit(self, features: Any, n: int) -> np.ndarray:
         vectors = self._torch.nn.functional.normalize(features[:n].float(), dim=-1).cpu().numpy()
         if not np.isfinite(vectors).all():
-            raise TowerError(f"{self.spec.model} in {self.spec.precision} gives non-finite embeddings: use fp32 or bf16")
+            raise TowerError(
+                f"{self.spec.model} in {self.spec.precision} gives non-finite embeddings: use fp32 or bf16"
+            )
         return np.asarray(vectors)
 
 
@@ -170,7 +172,11 @@ def _find_weights(model: str, pretrained: str) -> _Source:
     tags = list_pretrained_tags_by_model(model)
     if pretrained not in tags:
         near = difflib.get_close_matches(pretrained, tags, n=4, cutoff=0.3) or tags[:8]
-        asked = f"no weights {pretrained!r} for {model}: neither a file nor a tag" if pretrained else f"{model} needs weights"
+        asked = (
+            f"no weights {pretrained!r} for {model}: neither a file nor a tag"
+            if pretrained
+            else f"{model} needs weights"
+        )
         raise TowerError(f"{asked}; --pretrained is a file or one of {', '.join(near) or '(no tags are known)'}")
     try:
         path = Path(download_pretrained(get_pretrained_cfg(model, pretrained)))

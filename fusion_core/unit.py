@@ -42,7 +42,12 @@ class Work:
 
 
 def run_unit(
-    work: Work, output: str, spec: TableSpec, towers: Towers, batch: int = 64, done: Callable[[int], None] = lambda n: None
+    work: Work,
+    output: str,
+    spec: TableSpec,
+    towers: Towers,
+    batch: int = 64,
+    done: Callable[[int], None] = lambda n: None,
 ) -> ManifestRecord:
     """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples.
 
@@ -83,7 +88,7 @@ def check_identity(unit: Unit) -> None:
 
 
 def windows(stream: Iterable[Sample | DeadLetter], batch: int) -> Iterator[list[Sample | DeadLetter]]:
-    """Consecutive items, cut so that each window fills one forward batch of images (or of captions, if there are more)."""
+    """Consecutive items, cut so that each window fills one forward batch of images, or of captions if those are more."""
     window: list[Sample | DeadLetter] = []
     n_images = n_texts = 0
     for item in stream:
@@ -151,12 +156,9 @@ def decode(
     window: Sequence[Sample | DeadLetter], spec: TableSpec, known: KnownVectors, clock: "Clock"
 ) -> tuple[list[Row], list[DeadLetter]]:
     """The window's rows with their pixels, and its dead letters: those that came and those that do not decode."""
-    rows, letters = [], []
     with clock("decode"):
-        for item in window:
-            decoded = item if isinstance(item, DeadLetter) else _decode_one(item, spec, known)
-            (rows if isinstance(decoded, Row) else letters).append(decoded)  # type: ignore[arg-type]
-    return rows, letters
+        found = [item if isinstance(item, DeadLetter) else _decode_one(item, spec, known) for item in window]
+    return [row for row in found if isinstance(row, Row)], [item for item in found if isinstance(item, DeadLetter)]
 
 
 def _decode_one(sample: Sample, spec: TableSpec, known: KnownVectors) -> Row | DeadLetter:

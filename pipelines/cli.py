@@ -45,7 +45,16 @@ def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
     if isinstance(error, OSError):
         return FAILED
-    named = {"InputError", "TowerError", "TableError", "FuserError", "SchemaMismatch", "BadIndex", "BadQuery", "BadImage"}
+    named = {
+        "InputError",
+        "TowerError",
+        "TableError",
+        "FuserError",
+        "SchemaMismatch",
+        "BadIndex",
+        "BadQuery",
+        "BadImage",
+    }
     return USAGE if type(error).__name__ in named else None
 
 
@@ -72,7 +81,9 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from schemas.feature_table import InputSpec, TableSpec
 
     if not 0 <= args.shard_index < args.num_shards:
-        raise shards.InputError(f"--shard-index {args.shard_index} is not one of 0…{args.num_shards - 1} (--num-shards)")
+        raise shards.InputError(
+            f"--shard-index {args.shard_index} is not one of 0…{args.num_shards - 1} (--num-shards)"
+        )
     embed.check_beam_options(rest, vars(args))
     output = files.absolute(args.output)
     columns = {name: getattr(args, name) for name in InputSpec.__dataclass_fields__}
@@ -116,21 +127,25 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan
     for failure in run.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if run.state == "failed":
-        print(f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr)
+        print(
+            f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr
+        )
         return FAILED
     return _judge_dead_letters(feature_table, args.max_dead_letters)
 
 
 def _summarize(feature_table: "Table", run: "RunRecord") -> None:
     errors = _errors(feature_table.records)
-    rows_in = sum(record.rows_in for record in feature_table.records)
-    print(f"{feature_table.place}: {rows_in:,} samples = {feature_table.num_rows:,} rows + {sum(errors.values()):,} dead letters")
+    rows_in, rows, dead = sum(r.rows_in for r in feature_table.records), feature_table.num_rows, sum(errors.values())
+    print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters")
     for error, count in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {count:>8,} {error}: {_meaning(error)}")
     repeated = sum(record.repeated_keys for record in feature_table.records)
     if repeated:
         print(f"  {repeated:>8,} rows have a key that stands earlier in their shard (kept: not a tar)")
-    print(f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed")
+    print(
+        f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed"
+    )
 
 
 def _meaning(error: str) -> str:
@@ -196,9 +211,11 @@ def _index(args: argparse.Namespace, _: list[str]) -> int:
     from fusion_core import files, index, table
 
     record = index.build(table.Table.open(args.table), files.absolute(args.output), args.column)
-    print(f"{args.output}: {record.rows_indexed:,} of {record.rows_table:,} rows, {record.factory} {record.parameters or ''}")
-    for recall in record.recalls:
-        print(f"  recall@{recall.k} of {recall.queries} queries against exact search: {recall.recall:.4f} (n={recall.n_queries})")
+    rows, parameters = f"{record.rows_indexed:,} of {record.rows_table:,} rows", record.parameters or ""
+    print(f"{args.output}: {rows}, {record.factory} {parameters}")
+    for found in record.recalls:
+        measured = f"{found.recall:.4f} (n={found.n_queries})"
+        print(f"  recall@{found.k} of {found.queries} queries against exact search: {measured}")
     return DONE
 
 
@@ -218,7 +235,11 @@ def _search(args: argparse.Namespace, _: list[str]) -> int:
         return DONE
     print(f"{'rank':>4}  {'score':>7}  {'key':<20}  caption  [shard offset+length]")
     for row in rows:
-        where = f"{row['shard']} {row['offset']}+{row['length']}" if row["offset"] is not None else f"{row['shard']} row {row['row']}"
+        where = (
+            f"{row['shard']} {row['offset']}+{row['length']}"
+            if row["offset"] is not None
+            else f"{row['shard']} row {row['row']}"
+        )
         print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['key']:<20}  {row['caption'] or ''}  [{where}]")
     return DONE
 

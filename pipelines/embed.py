@@ -81,7 +81,9 @@ class Plan:
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
-def plan(inputs: Sequence[str], output: str, spec: TableSpec, share: tuple[int, int] = (0, 1), redo_dead: bool = False) -> Plan:
+def plan(
+    inputs: Sequence[str], output: str, spec: TableSpec, share: tuple[int, int] = (0, 1), redo_dead: bool = False
+) -> Plan:
     """Compares the shards that `inputs` name with what the table at `output` holds.
 
     `share`: (index, number) of this launcher among several on one table. `redo_dead`: units with dead letters are

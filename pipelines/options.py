@@ -15,7 +15,9 @@ def build() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _demo(_command(commands, "demo", "the whole way on generated shards; ends with a report to open"))
-    _embed(_command(commands, "embed", "embed shards into a feature table; run it again to resume or to add new shards"))
+    _embed(
+        _command(commands, "embed", "embed shards into a feature table; run it again to resume or to add new shards")
+    )
     _table(_command(commands, "status", "where a running or finished job stands"))
     _retry(_command(commands, "retry", "the dead letters again, after a repair"))
     _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
@@ -24,7 +26,9 @@ def build() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str) -> argparse.ArgumentParser:
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str
+) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
 
 
@@ -47,17 +51,26 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="an OpenCLIP name, hf-hub:…, a model folder, a config JSON, or fusion-demo"
     )
-    parser.add_argument("--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own")
-    parser.add_argument("--precision", default="auto", help="auto (fp32 on the CPU, bf16 or fp16 on a GPU), fp32, bf16, fp16")
+    parser.add_argument(
+        "--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own"
+    )
+    parser.add_argument(
+        "--precision", default="auto", help="auto (fp32 on the CPU, bf16 or fp16 on a GPU), fp32, bf16, fp16"
+    )
     parser.add_argument(
         "--fuser", default="", metavar="SPEC",
         help="also write fused_embedding: weighted_sum:image=0.5,text=0.5, concat, hadamard, or a fuser's folder",
     )  # fmt: skip
     for name, what in (("image", "bytes"), ("caption", "text"), ("key", "keys"), ("url", "URLs")):
         parser.add_argument(
-            f"--{name}-column", default=_DEFAULTS[f"{name}_column"], metavar="NAME", help=f"where a Parquet file or listing has the {what}"
+            f"--{name}-column",
+            default=_DEFAULTS[f"{name}_column"],
+            metavar="NAME",
+            help=f"where a Parquet file or listing has the {what}",
         )
-    parser.add_argument("--max-image-bytes", type=positive, default=_DEFAULTS["max_image_bytes"], help="default: %(default)s")
+    parser.add_argument(
+        "--max-image-bytes", type=positive, default=_DEFAULTS["max_image_bytes"], help="default: %(default)s"
+    )
     parser.add_argument("--max-pixels", type=positive, default=_DEFAULTS["max_pixels"], help="default: %(default)s")
     parser.add_argument("--shard-index", type=int, default=0, help="which of several launchers on one table this is")
     parser.add_argument("--num-shards", type=positive, default=1, help="how many launchers share the table")
@@ -66,16 +79,23 @@ def _embed(parser: argparse.ArgumentParser) -> None:
 
 def _retry(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
-    parser.add_argument("--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved")
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
     _running(parser)
 
 
 def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--batch", type=positive, default=64, help="images and captions in one forward (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=64, help="images and captions in one forward (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
     parser.add_argument(
-        "--max-dead-letters", type=share, metavar="N|P%%", help="exit with 3 when the table has more dead letters than this"
+        "--max-dead-letters",
+        type=share,
+        metavar="N|P%%",
+        help="exit with 3 when the table has more dead letters than this",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
@@ -85,7 +105,9 @@ def _index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
     parser.add_argument("--output", required=True, metavar="INDEX", help="the index's folder")
     parser.add_argument(
-        "--column", default="image_embedding", help="image_embedding, text_embedding or fused_embedding (default: %(default)s)"
+        "--column",
+        default="image_embedding",
+        help="image_embedding, text_embedding or fused_embedding (default: %(default)s)",
     )
 
 
@@ -94,10 +116,15 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", metavar="FILE", help="what to look for, as a picture")
     parser.add_argument(
-        "--image-weight", type=float, default=0.5, help="of the image, 0 to 1, when both are given (default: %(default)s)"
+        "--image-weight",
+        type=float,
+        default=0.5,
+        help="of the image, 0 to 1, when both are given (default: %(default)s)",
     )
     parser.add_argument("-k", type=positive, default=10, help="how many results (default: %(default)s)")
-    parser.add_argument("--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved")
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 

@@ -80,15 +80,18 @@ def text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['table']} ({found['model']})",
         f"  {found['units']:,} units: {found['samples']:,} samples = {found['rows']:,} rows + {dead:,} dead letters",
-        *(f"    {count:,} {error}" for error, count in sorted(found["dead_letters"].items(), key=lambda item: -item[1])),
+        *(
+            f"    {count:,} {error}"
+            for error, count in sorted(found["dead_letters"].items(), key=lambda item: -item[1])
+        ),
     ]
     if found["repeated_keys"]:
         lines.append(f"  {found['repeated_keys']:,} rows have a key that stands earlier in their shard")
     run = found["run"]
     if run:
-        to_do = run["units_planned"] - run["units_skipped"]
+        units = f"{run['units_done']:,} of {run['units_planned'] - run['units_skipped']:,} units"
         lines.append(
-            f"  last run: {run['state']}, {run['units_done']:,} of {to_do:,} units ({run['units_skipped']:,} stood already), "
+            f"  last run: {run['state']}, {units} ({run['units_skipped']:,} stood already), "
             f"{run['samples_done']:,} samples, {run['samples_per_second']:,} samples/s"
             + (f", about {run['seconds_left']:,} s left" if run["seconds_left"] is not None else "")
         )
@@ -97,6 +100,8 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"  failed: {failure}" for failure in run["failures"]]
     total = sum(spent for stage, spent in found["seconds"].items() if stage != "unit")
     if total:
-        shares = ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in found["seconds"].items() if stage != "unit")
+        shares = ", ".join(
+            f"{stage} {spent / total:.0%}" for stage, spent in found["seconds"].items() if stage != "unit"
+        )
         lines.append(f"  time: {shares}")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ class InputIdentity:
 class Unit:
     """A stable range of one shard: the atom of work, of commit and of resume.
 
-    `start` and `stop` count row groups in a Parquet shard, rows in a listing, sorted samples in a folder, and are 0 for a
-    tar, which is always one unit. `first_row` is the row number, in the shard, of the unit's first sample.
+    `start` and `stop` count row groups in a Parquet shard, rows in a listing, sorted samples in a folder, and are 0 for
+    a tar, which is always one unit. `first_row` is the row number, in the shard, of the unit's first sample.
     """
 
     id: str

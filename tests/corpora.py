@@ -18,7 +18,9 @@ TOWER = TowerSpec("toy", "", "c" * 64, "w" * 64, 16, "fp32", Preprocess(8, 8, (0
 SPEC = TableSpec(TOWER, InputSpec())
 
 
-def photo(seed: int, size: tuple[int, int] = (80, 60), format: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
+def photo(
+    seed: int, size: tuple[int, int] = (80, 60), format: str = "JPEG", mode: str = "RGB", **options: object
+) -> bytes:
     """An encoded picture with smooth and noisy parts; the seed decides which."""
     rng = np.random.default_rng(seed)
     low = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -58,7 +60,9 @@ def toy_unit(name: str = "shard-0123456789ab", shard: str = "/data/shard.tar", *
     return Unit(id=name, layout="tar", shard=shard, identity=InputIdentity(1, 2), **fields)  # type: ignore[arg-type]
 
 
-def toy_batch(rows: Iterable[int], spec: TableSpec = SPEC, shard: str = "/data/shard.tar", **columns: object) -> pa.RecordBatch:
+def toy_batch(
+    rows: Iterable[int], spec: TableSpec = SPEC, shard: str = "/data/shard.tar", **columns: object
+) -> pa.RecordBatch:
     """Feature rows with random unit vectors that the row number decides."""
     numbers = list(rows)
     schema = features_schema(spec)

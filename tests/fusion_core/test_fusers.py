@@ -86,7 +86,9 @@ def test_one_weight_alone_is_the_identity_and_input_length_does_not_count() -> N
     only_image, _ = fusers.parse("weighted_sum:image=1,text=0", D).fuse(image, text, there, there)
     np.testing.assert_allclose(only_image, fusers.normalize(image), atol=1e-6)
     half = fusers.parse("weighted_sum", D)
-    np.testing.assert_allclose(half.fuse(image, text, there, there)[0], half.fuse(9 * image, text, there, there)[0], atol=1e-6)
+    np.testing.assert_allclose(
+        half.fuse(image, text, there, there)[0], half.fuse(9 * image, text, there, there)[0], atol=1e-6
+    )
 
 
 def test_inner_products_of_concatenations_are_weighted_sums_of_inner_products() -> None:
@@ -98,7 +100,11 @@ def test_inner_products_of_concatenations_are_weighted_sums_of_inner_products() 
 
 
 def test_spaces_are_named() -> None:
-    assert [fusers.parse(spec, D).spec.space for spec in ("weighted_sum", "concat", "hadamard")] == ["backbone", "own", "own"]
+    assert [fusers.parse(spec, D).spec.space for spec in ("weighted_sum", "concat", "hadamard")] == [
+        "backbone",
+        "own",
+        "own",
+    ]
 
 
 @pytest.mark.parametrize("spec", SPECS)

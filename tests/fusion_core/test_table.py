@@ -1,6 +1,7 @@
 """The feature table: what is written is what is read, and only what a record names is in it."""
 
 import dataclasses
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_written_rows_come_back_as_they_were(tmp_path: Path) -> None:
     read = pa.Table.from_batches(opened.scan(batch_rows=3000))
     assert read.schema == features_schema(FUSED)
     assert read.equals(pa.Table.from_batches([toy_batch(rows, FUSED)]))
-    found = [(first, matrix.copy(), present.all()) for first, matrix, present in opened.vectors("fused_embedding", 7000)]
+    found = [
+        (first, matrix.copy(), present.all()) for first, matrix, present in opened.vectors("fused_embedding", 7000)
+    ]
     assert [first for first, _, _ in found] == list(np.cumsum([0, *(len(matrix) for _, matrix, _ in found[:-1])]))
     np.testing.assert_array_equal(np.concatenate([m for _, m, _ in found]), toy_vectors(rows, 32, "fused_embedding"))
 
@@ -46,7 +49,9 @@ def test_vectors_are_stored_raw_and_the_footer_repeats_the_spec(tmp_path: Path) 
     assert record.features is not None
     footer = pq.read_metadata(tmp_path / record.features.path)
     assert [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] == [8192, 1808]
-    by_name = {footer.row_group(0).column(i).path_in_schema: footer.row_group(0).column(i) for i in range(footer.num_columns)}
+    by_name = {
+        footer.row_group(0).column(i).path_in_schema: footer.row_group(0).column(i) for i in range(footer.num_columns)
+    }
     vector = by_name["image_embedding.list.element"]
     assert (vector.compression, vector.is_stats_set) == ("UNCOMPRESSED", False)
     assert not any("DICTIONARY" in encoding for encoding in vector.encodings)
@@ -72,12 +77,14 @@ def test_take_and_sample_follow_manifest_order_over_parts(tmp_path: Path) -> Non
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.sets(st.integers(0, 59), max_size=20))
-def test_every_row_is_a_feature_or_a_dead_letter(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], dead: set[int]) -> None:
+def test_every_row_is_a_feature_or_a_dead_letter(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], dead: set[int]
+) -> None:
     place = tmp_path_factory.mktemp("table")
     table.claim(str(place), SPEC)
     edges = sorted({0, 60, *cuts})
     with table.UnitWriter(str(place), SPEC, toy_unit()) as writer:
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             writer.write(toy_batch(range(start, stop)))  # a dead letter takes back a row written before it
         writer.reject(DeadLetter(f"k{row}", row, "read", "ScatteredKey", "late") for row in dead)
         record = writer.commit()
@@ -121,7 +128,9 @@ def test_a_changed_unit_replaces_its_parts_and_removes_leftovers(tmp_path: Path)
     first = write_unit(tmp_path, toy_unit(), range(10), dead=[3])
     leftover = "features/shard-0123456789ab-deadbeef.parquet"
     (tmp_path / leftover).write_bytes(b"of a run that died")
-    assert [f.what for f in table.verify(str(tmp_path))] == [f"{leftover}: no record names it (left by a run that was cut off)"]
+    assert [f.what for f in table.verify(str(tmp_path))] == [
+        f"{leftover}: no record names it (left by a run that was cut off)"
+    ]
     second = write_unit(tmp_path, toy_unit(), range(12), previous=first, stale=(leftover,))
     assert first.features and second.features
     assert visible(tmp_path) == [second.features.path, f"manifest/{second.unit.id}.json", "table.json"]
@@ -210,7 +219,8 @@ def shorten(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "finding"), [(Path.unlink, "missing"), (shorten, "bytes, recorded"), (damage_byte, "differs from its recorded SHA-256")]
+    ("harm", "finding"),
+    [(Path.unlink, "missing"), (shorten, "bytes, recorded"), (damage_byte, "differs from its recorded SHA-256")],
 )
 def test_verify_names_what_is_wrong(tmp_path: Path, harm, finding: str) -> None:
     write_unit(tmp_path, toy_unit("good-1", "/good.tar"), range(50))
@@ -265,7 +275,9 @@ def test_pandas_duckdb_polars_datasets_and_pyarrow_open_the_features(tmp_path: P
     lazy = pl.scan_parquet(f"{folder}/*.parquet").collect()
     assert lazy.height == 65
     np.testing.assert_array_equal(np.array(lazy["image_embedding"][-1].to_list(), np.float32), vector)
-    row = duckdb.sql(f"select image_embedding from '{folder}/*.parquet' where shard = '/b.tar' and row = 24").fetchall()[0]
+    row = duckdb.sql(
+        f"select image_embedding from '{folder}/*.parquet' where shard = '/b.tar' and row = 24"
+    ).fetchall()[0]
     np.testing.assert_array_equal(np.array(row[0], np.float32), vector)
     loaded = datasets.load_dataset("parquet", data_dir=folder, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.num_rows == 65

@@ -47,7 +47,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("models") / "vit", VIT)
 
 
-def reference(model: str, pretrained: str | None, pictures: list[bytes], captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    model: str, pretrained: str | None, pictures: list[bytes], captions: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """What open_clip itself gives in fp32."""
     network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained)
     network.eval()
@@ -113,7 +115,12 @@ def test_vit_b_32_is_open_clips(tmp_path: Path, precision: str) -> None:
 def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     config = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "image_size": [48, 64]}}
     folder = save_random_model(
-        tmp_path / "odd", config, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear", resize_mode="squash"
+        tmp_path / "odd",
+        config,
+        mean=[0.1, 0.2, 0.3],
+        std=[0.4, 0.5, 0.6],
+        interpolation="bilinear",
+        resize_mode="squash",
     )
     model = towers.load(str(folder))
     assert (model.spec.preprocess.height, model.spec.preprocess.width) == (48, 64)
@@ -129,7 +136,9 @@ def test_a_rows_vector_does_not_depend_on_its_neighbours(vit: Path) -> None:
     texts = [f"caption number {i} " * (1 + i % 5) for i in range(37)]
     for model in (towers.load(str(vit)), towers.load(towers.DEMO)):
         size = model.spec.preprocess.height
-        some = pixels[:, :size, :size] if size <= 64 else np.pad(pixels, [(0, 0), (0, size - 64), (0, size - 64), (0, 0)])
+        some = (
+            pixels[:, :size, :size] if size <= 64 else np.pad(pixels, [(0, 0), (0, size - 64), (0, size - 64), (0, 0)])
+        )
         whole, captions = model.embed_images(some), model.embed_texts(texts)
         for rows in ([5], list(range(9)), list(range(36, -1, -1)), [3, 3, 30]):
             np.testing.assert_array_equal(model.embed_images(some[rows]), whole[rows])

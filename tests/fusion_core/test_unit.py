@@ -94,7 +94,8 @@ def test_rows_may_lack_a_modality(tmp_path: Path) -> None:
 
 def test_broken_samples_cost_their_neighbours_nothing(tmp_path: Path) -> None:
     clean, broken = (
-        demo_shards.write_shards(tmp_path / name, 500, 500, seed=3, broken=name == "broken")[0] for name in ("clean", "broken")
+        demo_shards.write_shards(tmp_path / name, 500, 500, seed=3, broken=name == "broken")[0]
+        for name in ("clean", "broken")
     )
     embed(clean, tmp_path / "clean_table")
     record = embed(broken, tmp_path / "broken_table")

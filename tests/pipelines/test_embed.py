@@ -29,7 +29,16 @@ def run(tmp_path: Path) -> Run:
 
     def embed_shards(*options: str, input: str = "*.tar", output: str = "table") -> int:
         return cli.main(
-            ["embed", "--input", str(tmp_path / input), "--output", str(tmp_path / output), "--model", towers.DEMO, *options]
+            [
+                "embed",
+                "--input",
+                str(tmp_path / input),
+                "--output",
+                str(tmp_path / output),
+                "--model",
+                towers.DEMO,
+                *options,
+            ]
         )
 
     return embed_shards
@@ -55,7 +64,8 @@ def test_shards_become_a_table_and_a_second_run_does_nothing(
     assert "60 samples = 60 rows + 0 dead letters" in capsys.readouterr().out
     rows = read(tmp_path / "table")
     assert rows["key"].to_pylist() == [f"{i:06d}" for i in range(60)]
-    assert [path.name for path in (tmp_path / "table" / "manifest").iterdir()][0].startswith("snapshot-")
+    (snapshot,) = (tmp_path / "table" / "manifest").iterdir()
+    assert snapshot.name.startswith("snapshot-")
     assert "Feature table" in (tmp_path / "table" / "report.html").read_text()
     before = parts(tmp_path / "table")
 
@@ -168,7 +178,9 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     model = towers.load(towers.DEMO, precision="fp32")
     counts = {"images": 0, "texts": 0}
     images, texts = model.embed_images, model.embed_texts
-    monkeypatch.setattr(model, "embed_images", lambda x: (counts.update(images=counts["images"] + len(x)), images(x))[1])
+    monkeypatch.setattr(
+        model, "embed_images", lambda x: (counts.update(images=counts["images"] + len(x)), images(x))[1]
+    )
     monkeypatch.setattr(model, "embed_texts", lambda x: (counts.update(texts=counts["texts"] + len(x)), texts(x))[1])
     capsys.readouterr()
     assert cli.main(["retry", str(tmp_path / "table")]) == 0
@@ -185,7 +197,10 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
 
 def test_units_that_a_parquet_file_has_no_more_leave_the_table(tmp_path: Path, run: Run) -> None:
     def write(rows: int) -> None:
-        columns = {"image": pa.nulls(rows, pa.binary()), "caption": [" "] * rows}  # nothing to embed: this is about units
+        columns = {
+            "image": pa.nulls(rows, pa.binary()),
+            "caption": [" "] * rows,
+        }  # nothing to embed: this is about units
         pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=5000)
 
     write(15_000)
@@ -307,11 +322,16 @@ def test_layouts_give_the_same_rows(tmp_path: Path, run: Run) -> None:
         pa.table({"image": [{"bytes": data, "path": None} for data in pictures], "text": captions, "key": keys}),
         tmp_path / "hf.parquet",
     )
-    lines = ["filepath\tcaption\tkey", *(f"folder/{key}.jpg\t{caption}\t{key}" for key, caption in zip(keys, captions, strict=True))]
+    lines = [
+        "filepath\tcaption\tkey",
+        *(f"folder/{key}.jpg\t{caption}\t{key}" for key, caption in zip(keys, captions, strict=True)),
+    ]
     (tmp_path / "list.tsv").write_text("\n".join(lines) + "\n")
     found = {}
     for i, name in enumerate(["t.tar", "z.tar.gz", "folder", "hf.parquet", "list.tsv"]):
         assert run("--quiet", input=name, output=f"table{i}") == 0
-        found[name] = read(tmp_path / f"table{i}").select(["key", "caption", "sha256", "image_embedding", "text_embedding"])
+        found[name] = read(tmp_path / f"table{i}").select(
+            ["key", "caption", "sha256", "image_embedding", "text_embedding"]
+        )
     for name, rows in found.items():
         assert rows.equals(found["t.tar"]), name
