@@ -185,7 +185,7 @@ def _values(array: pa.Array) -> list[object]:
     """The column's values; cells that are none become Unreadable."""
     try:
         if pat.is_timestamp(array.type):  # as text: Python's own type holds neither nanoseconds nor every year
-            return [text and text.replace(" ", "T", 1) for text in array.cast(pa.string()).to_pylist()]
+            return [text and text.replace(" ", "T", text[:1] != "<") for text in array.cast(pa.string()).to_pylist()]
         return array.to_pylist()  # type: ignore[no-any-return]
     except _DAMAGE:
         return [_value(array, row) for row in range(len(array))]

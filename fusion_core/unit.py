@@ -88,7 +88,7 @@ def check_identity(unit: Unit) -> None:
 
 
 def windows(stream: Iterable[Sample | DeadLetter], batch: int) -> Iterator[list[Sample | DeadLetter]]:
-    """Consecutive items, cut so that each window fills one forward batch of images, or of captions if those are more."""
+    """Consecutive items, cut so that a window fills one forward batch of images, or of captions if these are more."""
     window: list[Sample | DeadLetter] = []
     n_images = n_texts = 0
     for item in stream:

@@ -52,7 +52,7 @@ def _expected(error: Exception) -> int | None:
         "FuserError",
         "SchemaMismatch",
         "BadIndex",
-        "BadQuery",
+        "WrongSpace",
         "BadImage",
     }
     return USAGE if type(error).__name__ in named else None
@@ -66,8 +66,9 @@ def _leave(message: str) -> NoReturn:
 
 
 def _quieten() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    """Libraries speak up for errors only; what is ours and worth a warning is said."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.getLogger("fusion").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="apache_beam|open_clip|timm|torch")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -228,7 +229,11 @@ def _search(args: argparse.Namespace, _: list[str]) -> int:
     spec = found.record.table_spec.tower
     searcher = search.Searcher(found, towers.for_spec(spec, args.device, args.pretrained))
     image = Path(args.image).read_bytes() if args.image else None
-    rows = searcher.search(text=args.text, image=image, k=args.k, image_weight=args.image_weight).to_pylist()
+    try:
+        rows = searcher.search(text=args.text, image=image, k=args.k, image_weight=args.image_weight).to_pylist()
+    except ValueError as error:
+        print(f"fusion search: {error}", file=sys.stderr)
+        return USAGE
     if args.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))

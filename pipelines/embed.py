@@ -160,6 +160,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
 
     def setup(self) -> None:
         """Takes this process's copy of the towers."""
+        towers.one_thread_each()
         self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:

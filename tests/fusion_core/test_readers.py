@@ -240,7 +240,7 @@ def test_a_cut_anywhere_keeps_what_was_complete(tmp_path: Path, members: list[Me
     whole, raw = read(path), path.read_bytes()
     with tarfile.open(path) as archive:
         ends = [member.offset_data + member.size for member in archive]
-        end = archive.offset  # of the zero block that ends it, at least
+        end = archive.offset + tarfile.BLOCKSIZE  # of the zero block that ends it, at least
     last = {
         item.key: max(e for e, m in zip(ends, members, strict=True) if tars._split(m[0])[0] == item.key)
         for item in whole
@@ -263,9 +263,8 @@ def test_a_cut_anywhere_keeps_what_was_complete(tmp_path: Path, members: list[Me
 
 def test_a_cut_gzip_keeps_what_was_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.tar.gz"
-    data = random.Random(1).randbytes(3000)  # does not shrink, so that the cut is where it seems to be
-    write_tar(path, [(f"{n}.{suffix}", data) for n in range(9) for suffix in ("jpg", "caption.json", "txt")], "w:gz")
-    write_tar(path, [(f"{n}.{s}", data if s == "jpg" else b"c") for n in range(9) for s in ("jpg", "txt")], "w:gz")
+    images = [random.Random(n).randbytes(3000) for n in range(9)]  # do not shrink: a cut is where it seems to be
+    write_tar(path, [item for n in range(9) for item in ((f"{n}.jpg", images[n]), (f"{n}.txt", b"c"))], "w:gz")
     whole, raw = read(path), path.read_bytes()
     kept_by_cut = []
     for cut in range(0, len(raw), 499):
@@ -476,7 +475,7 @@ def test_parquet_meta_holds_the_other_columns_as_json(tmp_path: Path) -> None:
     (item,) = read(write_parquet(tmp_path / "a.parquet", {"image": [b"1"], **others}))
     assert isinstance(item, Sample)
     meta = json.loads(item.meta or "")
-    assert meta.pop("far").endswith("T20:26:46.624")
+    assert "1125899906842624" in meta.pop("far")  # a year that no calendar here holds
     assert meta == {
         "i": 2**40,
         "f": None,
@@ -537,7 +536,12 @@ def test_an_image_that_is_only_a_path_is_said(tmp_path: Path) -> None:
 def test_damage_in_one_row_group_leaves_the_others(tmp_path: Path) -> None:
     images = [random.Random(n).randbytes(500) for n in range(40)]
     path = write_parquet(
-        tmp_path / "a.parquet", {"image": images}, row_group_size=10, use_dictionary=False, write_page_checksum=True
+        tmp_path / "a.parquet",
+        {"image": images},
+        row_group_size=10,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
     )
     raw = bytearray(path.read_bytes())
     raw[raw.find(images[15])] ^= 1
