@@ -49,6 +49,8 @@ def plan(patterns: Sequence[str], spec: InputSpec, unit_rows: int = 10_000) -> I
     for pattern in patterns:
         try:
             _find(pattern, found)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{pattern!r}: a file name that is not UTF-8 ({error.object!r}): rename it") from error
         except ValueError as error:  # an unknown scheme, unbalanced braces
             raise error if isinstance(error, InputError) else InputError(f"{pattern!r}: {error}") from error
     return _Planner(found, spec, unit_rows).units()

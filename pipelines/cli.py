@@ -69,6 +69,7 @@ def _quieten() -> None:
     """Libraries speak up for errors only; what is ours and worth a warning is said."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("fusion").setLevel(logging.WARNING)
+    logging.getLogger("fusion.embed.unit").setLevel(logging.CRITICAL)  # failed units are told at the end
     warnings.filterwarnings("ignore", module="apache_beam|open_clip|timm|torch")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -123,7 +124,6 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan
     knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
     run = embed.run(job, plan, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)
-    report.write(feature_table, job.output, "Feature table", run)
     _summarize(feature_table, run)
     for failure in run.failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -132,6 +132,7 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan
             f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr
         )
         return FAILED
+    report.write(feature_table, job.output, "Feature table", run)
     return _judge_dead_letters(feature_table, args.max_dead_letters)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.metrics import Metrics, MetricsFilter
+from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, shards, table, towers, unit
@@ -26,8 +26,8 @@ from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 from schemas.samples import Unit
 
 LOG = logging.getLogger("fusion.embed")
+_UNIT_LOG = logging.getLogger("fusion.embed.unit")
 _NAMESPACE = "fusion"
-_FAILURES = MetricsFilter().with_namespace(_NAMESPACE).with_name("failures")
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,10 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
                 work, self._job.output, self._job.spec, self._towers, self._knobs.batch, progress.add_samples
             )
         except Exception as error:
-            LOG.debug("unit %s", work.unit.id, exc_info=True)
+            why = _explain(work.unit, error)
+            _UNIT_LOG.error("unit %s failed: %s", work.unit.id, why, exc_info=not isinstance(error, OSError))
+            progress.add_failure(work.unit.id, why)
             Metrics.counter(_NAMESPACE, "units_failed").inc()
-            Metrics.string_set(_NAMESPACE, "failures").add(f"{work.unit.id}\n{_explain(work.unit, error)}")
         else:
             _count(record)
             yield Outcome(work.unit.id, record.rows_in, record.rows_out, record.rows_dead)
@@ -234,21 +235,16 @@ def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Seq
 def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed.
 
-    The manifest has the last word on what was done; the runner's metrics only tell why something was not.
+    The manifest has the last word on what was done, whatever the workers said.
     """
     options = PipelineOptions([*local_runner(knobs, beam_options), *beam_options])
     pipeline = beam.Pipeline(options=options)
     pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
-    result = pipeline.run()
-    result.wait_until_finish()
-    told = {
-        text.partition("\n")[0]: text.partition("\n")[2]
-        for found in result.metrics().query(_FAILURES)["string_sets"]
-        for text in found.committed
-    }
+    pipeline.run().wait_until_finish()
+    told = progress.take_failures()
     manifest = table.read_manifest(job.output)
     missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work.unit)]
-    return [told.get(item.id, f"{item.shard}: not finished; the runner's log says why") for item in missing]
+    return [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 
 
 def _done(record: ManifestRecord | None, item: Unit) -> bool:

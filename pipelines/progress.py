@@ -1,5 +1,6 @@
 """Where a run stands: counted in this process, shown on a terminal or in a log, and recorded in the table."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ _RECORD_SECONDS = 5.0
 _LOG_SECONDS = 10.0
 _LOCK = threading.Lock()
 _SAMPLES = 0
+_FAILURES: dict[str, str] = {}
 
 
 def add_samples(n: int) -> None:
@@ -26,6 +28,20 @@ def add_samples(n: int) -> None:
     global _SAMPLES
     with _LOCK:
         _SAMPLES += n
+
+
+def add_failure(unit: str, what: str) -> None:
+    """Keeps why a unit of this process failed."""
+    with _LOCK:
+        _FAILURES[unit] = what
+
+
+def take_failures() -> dict[str, str]:
+    """Why units of this process failed since this was last asked, by unit id."""
+    with _LOCK:
+        taken = dict(_FAILURES)
+        _FAILURES.clear()
+    return taken
 
 
 class Watch:
@@ -70,9 +86,10 @@ class Watch:
         self._ended.set()
         self._thread.join()
         self._bar.close()
-        if error is not None:
-            state = "failed" if isinstance(error, Exception) else "interrupted"
-            self.update(state=state, failures=(*self.run.failures, str(error) or type(error).__name__))
+        if isinstance(error, Exception):
+            self.update(state="failed", failures=(*self.run.failures, f"{type(error).__name__}: {error}"))
+        elif error is not None:
+            self.update(state="interrupted")
         self._record()
 
     def update(self, **changes: object) -> None:
@@ -92,7 +109,8 @@ class Watch:
 
     def _record(self) -> None:
         self.update(samples_done=_SAMPLES - self._start, updated_at=_now())
-        table.write_run(self._place, self.run)
+        with contextlib.suppress(OSError):  # a full disk stops units, and they say so
+            table.write_run(self._place, self.run)
 
 
 class _Lines:

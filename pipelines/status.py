@@ -38,7 +38,8 @@ def describe(feature_table: table.Table) -> dict[str, Any]:
 def _describe_run(run: RunRecord, records: tuple[Any, ...]) -> dict[str, Any]:
     now = datetime.now(UTC) if run.state == "running" else datetime.fromisoformat(run.updated_at)
     elapsed = max((now - datetime.fromisoformat(run.started_at)).total_seconds(), 1.0)
-    done = sum(record.finished_at >= run.started_at for record in records) if run.state == "running" else run.units_done
+    ended = run.state in ("done", "failed")
+    done = run.units_done if ended else sum(record.finished_at >= run.started_at for record in records)
     rate = run.samples_done / elapsed
     left = None
     if run.state == "running" and run.samples_planned and rate:
