@@ -437,8 +437,7 @@ class Table:
 
     def vectors(self, column: str, batch_rows: int = 65_536) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """An embedding column piece by piece: (number of the first row, float16 [n, D], bool [n]: vector present)."""
-        if column not in EMBEDDINGS or column not in self.schema.names:
-            raise TableError(f"{self.place} has no embedding column {column!r}; it has {self.embedding_columns}")
+        self.check_embedding(column)
         first = 0
         flag = {"image_embedding": "has_image", "text_embedding": "has_text"}.get(column)
         for batch in self.scan([column, *([flag] if flag else [])], batch_rows):
@@ -451,6 +450,13 @@ class Table:
     def embedding_columns(self) -> list[str]:
         """The names of the table's embedding columns."""
         return [name for name in EMBEDDINGS if name in self.schema.names]
+
+    def check_embedding(self, column: str) -> None:
+        """Raises TableError, listing those there are, unless `column` is one of the table's embedding columns."""
+        if column not in self.embedding_columns:
+            raise TableError(
+                f"{self.place} has no embedding column {column!r}; it has {', '.join(self.embedding_columns)}"
+            )
 
     def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """The rows at the given positions (in manifest order), in the order asked for."""

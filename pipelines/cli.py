@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines import options
@@ -212,7 +213,10 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
 def _index(args: argparse.Namespace, _: list[str]) -> int:
     from fusion_core import files, index, table
 
-    record = index.build(table.Table.open(args.table), files.absolute(args.output), args.column)
+    feature_table = table.Table.open(args.table)
+    feature_table.check_embedding(args.column)
+    say = partial(print, file=sys.stderr)
+    record = index.build(feature_table, files.absolute(args.output), args.column, log=say)
     rows, parameters = f"{record.rows_indexed:,} of {record.rows_table:,} rows", record.parameters or ""
     print(f"{args.output}: {rows}, {record.factory} {parameters}")
     for found in record.recalls:
@@ -229,15 +233,15 @@ def _search(args: argparse.Namespace, _: list[str]) -> int:
     found = index.Index.open(files.absolute(args.index))
     spec = found.record.table_spec.tower
     searcher = search.Searcher(found, towers.for_spec(spec, args.device, args.pretrained))
-    image = Path(args.image).read_bytes() if args.image else None
     try:
+        image = Path(args.image).read_bytes() if args.image else None
         rows = searcher.search(text=args.text, image=image, k=args.k, image_weight=args.image_weight).to_pylist()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # of the query: the index is open
         print(f"fusion search: {error}", file=sys.stderr)
         return USAGE
     if args.json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False, default=bytes.hex))
         return DONE
     print(f"{'rank':>4}  {'score':>7}  {'key':<20}  caption  [shard offset+length]")
     for row in rows:

@@ -1,0 +1,115 @@
+"""The commands beside `embed`, and the whole way as the demo shows it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fusion_core import table, towers
+from fusion_core.demo import shards as demo_shards
+from pipelines import cli
+from tests.corpora import photo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `fusion demo` leaves behind."""
+    folder = tmp_path_factory.mktemp("demo")
+    assert cli.main(["demo", "--output", str(folder / "out"), "--pairs", "600"]) == 0
+    return folder / "out"
+
+
+def test_the_demo_ends_with_a_report_that_shows_the_whole_way(demo: Path) -> None:
+    page = (demo / "report.html").read_text()
+    opened = table.Table.open(str(demo / "table"))
+    assert opened.num_rows == 600 + len(demo_shards.UNUSUAL)
+    assert len(opened.dead_letters()) == len(demo_shards.BROKEN)
+    for shown in (
+        "Throughput by stage",
+        "recall@10",
+        "Dead letters",
+        "header_only_jpeg",
+        "Similarity of image and caption",
+    ):
+        assert shown in page
+    assert len(re.findall(r'<img src="data:image/jpeg;base64,', page)) >= 4 * 6
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page stands alone"
+
+
+def test_search_by_text_finds_what_was_asked_for(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", str(demo / "index"), "--text", "three large green circles", "-k", "5", "--json"]) == 0
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3, 4, 5]
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    assert sum("green" in hit["caption"] for hit in hits) >= 3
+    for hit in hits:
+        data = Path(hit["shard"]).read_bytes()[hit["offset"] : hit["offset"] + hit["length"]]
+        assert data[:2] in (b"\xff\xd8", b"\x89P", b"GI")
+
+
+def test_search_by_a_rows_own_picture_finds_the_row(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = table.Table.open(str(demo / "table")).sample(1, seed=5).to_pylist()[0]
+    query = tmp_path / "query.jpg"
+    query.write_bytes(Path(row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["length"]])
+    assert cli.main(["search", str(demo / "index"), "--image", str(query), "-k", "1"]) == 0
+    said = capsys.readouterr().out
+    assert row["key"] in said and f"{row['offset']}+{row['length']}" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs a text, an image, or both"),
+        (["--text", " "], "text of a query is empty"),
+        (["--text", "x", "--image", "/nowhere.jpg"], "/nowhere.jpg"),
+        (["--image", __file__], "starts with"),
+        (["--text", "x", "--image", "PHOTO", "--image-weight", "7"], "between 0 and 1"),
+    ],
+)
+def test_queries_that_cannot_be_answered_say_why(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photo(1))
+    options = [option.replace("PHOTO", str(tmp_path / "photo.jpg")) for option in options]
+    assert cli.main(["search", str(demo / "index"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_table_or_index_is_refused(tmp_path: Path, demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["status"], ["verify"], ["retry"], ["index", "--output", str(tmp_path / "i")]):
+        assert cli.main([*command, str(tmp_path)]) == 2
+        assert "no feature table" in capsys.readouterr().err
+    assert cli.main(["search", str(tmp_path), "--text", "x"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert cli.main(["index", str(demo / "table"), "--output", str(tmp_path / "i"), "--column", "caption"]) == 2
+    assert "image_embedding" in capsys.readouterr().err
+
+
+def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    place = shutil.copytree(demo / "table", tmp_path / "table")
+    assert cli.main(["verify", str(place)]) == 0
+    assert "whole" in capsys.readouterr().out
+    part = next((place / "features").iterdir())
+    part.write_bytes(part.read_bytes()[:-1])
+    assert cli.main(["verify", str(place), "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert part.name in finding["what"]
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        [],
+        ["embed"],
+        ["embed", "--model", towers.DEMO],
+        ["search", "x", "--text", "y", "--kk", "3"],
+        ["fly"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
