@@ -558,8 +558,11 @@ def test_a_footer_that_does_not_parse(tmp_path: Path) -> None:
     units = list(shards.plan([str(path)], SPEC))
     path.write_bytes(path.read_bytes()[:-9])
     assert errors(readers.read(units[0], SPEC)) == ["CorruptShard"] * 3  # it was planned with three rows
-    (letter,) = read(path)
+    (unit,) = shards.plan([str(path)], SPEC)
+    (letter,) = readers.read(unit, SPEC)
     assert isinstance(letter, DeadLetter) and letter.error == "CorruptShard" and str(path) in letter.message
+    write_parquet(path, {"image": [b"1"] * 3})  # and when it is whole by the time it is read
+    assert errors(readers.read(unit, SPEC)) == [""] * 3
 
 
 def test_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

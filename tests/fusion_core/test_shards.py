@@ -91,6 +91,12 @@ def test_each_shard_once_and_sorted_though_patterns_overlap(tmp_path: Path) -> N
     ]
 
 
+def test_each_loose_image_once_though_folders_overlap(tmp_path: Path) -> None:
+    touch(tmp_path, "a/b/1.jpg", "a/2.jpg", "ab/3.jpg")
+    units = plan(tmp_path / "a/b", tmp_path / "a", tmp_path / "ab")
+    assert [(Path(unit.shard).name, unit.rows) for unit in units] == [("a", 2), ("ab", 1)]
+
+
 def test_a_name_that_looks_like_a_pattern_is_taken_as_it_stands(tmp_path: Path) -> None:
     tar(tmp_path, "a[1].tar", "{a,b}.tar")
     assert names(plan(tmp_path / "a[1].tar"), tmp_path) == ["a[1].tar"]
@@ -325,7 +331,7 @@ def test_any_unit_size_covers_each_row_once(mixed: Path, name: str, unit_rows: i
 def test_a_unit_deep_in_a_long_listing_is_the_same_with_and_without_marks(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     lines = [f'x{row}.jpg,"caption\n{row}"' if row % 2 else f"x{row}.jpg,{row}" for row in range(5000)]
-    lines[2500] = '"never closed'
+    lines[2999] = '"never closed'  # so that a mark is set while lines are given back
     path.write_text("\ufeffpath,caption\n" + "\n".join(lines) + "\n", encoding="utf-8")
     units = plan(path, rows=700)
     with_marks = [list(readers.read(unit, SPEC)) for unit in reversed(units)]
@@ -376,6 +382,8 @@ def test_rows_appended_to_a_listing_leave_earlier_units_alone(tmp_path: Path) ->
         stream.write('{"path": "10.jpg"}\n')
     assert plan(path, rows=4)[:2] == before[:2]
     assert plan(path, rows=4)[2].id == before[2].id and plan(path, rows=4)[2] != before[2]
+    path.write_text(path.read_text().replace('"5.jpg"', '"5.jpg", "caption": "new"'))
+    assert [shards.identity(unit) == unit.identity for unit in before] == [True, False, True]
 
 
 def test_a_shard_that_is_gone_is_named(mixed: Path, tmp_path: Path) -> None:
@@ -405,3 +413,5 @@ def test_a_large_folder_is_listed_once_for_its_units(tmp_path: Path, monkeypatch
     assert [shards.identity(unit) for unit in units] == [unit.identity for unit in units]
     assert sum(len(list(readers.read(unit, SPEC))) for unit in units) == 20
     assert len(listed) == 2  # a listing serves for ten seconds
+    touch(tmp_path, "7.jpg", data=b"changed")
+    assert sum(shards.identity(unit) != unit.identity for unit in units) == 1 and len(listed) == 2
