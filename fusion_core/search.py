@@ -16,6 +16,8 @@ from schemas import records
 from schemas.feature_table import InputSpec, TowerSpec
 from schemas.index import ANSWER
 
+_PARQUET = (".parquet", ".pq")
+
 
 class WrongSpace(ValueError):
     """A query that cannot be compared with the index: of other towers, or lacking what the index's fuser needs."""
@@ -120,14 +122,14 @@ def fetch_image(row: Mapping[str, Any], max_bytes: int = 64 << 20, spec: InputSp
 
 def _pictures(row: Mapping[str, Any], max_bytes: int, spec: InputSpec) -> Iterator[bytes]:
     """What stands where the row's picture should be."""
-    shard = row["shard"]
-    if row["offset"] is not None:
-        yield _read_range(shard, row["offset"], row["length"], max_bytes)
-    elif files.is_folder(shard):
-        suffixes = [*tars.IMAGES, *(suffix.upper() for suffix in tars.IMAGES)]
+    shard, offset = row["shard"], row["offset"]
+    if offset:
+        yield _read_range(shard, offset, row["length"], max_bytes)
+    elif offset == 0:  # a file of its own in a folder: in a tar, a header stands before
+        suffixes = [form for suffix in tars.IMAGES for form in (suffix, suffix.upper(), suffix.title())]
         entries = files.stat_many([files.join(shard, f"{row['key']}.{suffix}") for suffix in suffixes])
         yield from (_read_range(entry.place, 0, entry.size_bytes, max_bytes) for entry in entries if entry)
-    elif tabular.is_text_listing(shard) or shard.endswith(".parquet"):
+    elif tabular.is_text_listing(shard) or shard.lower().endswith(_PARQUET):
         yield from _tabular_pictures(row, max_bytes, spec)
     else:
         raise NoImage(f"single images cannot be read from {shard}: unpack it and embed the plain tar")

@@ -78,7 +78,6 @@ WARM_UP = 0.06
 HEAD_SCALE = 8.0
 HEAD_WEIGHT = 3.0
 MINIMAL_FROM = 0.4
-GREY_SHARE = 0.05
 
 
 class Batch(NamedTuple):
@@ -125,16 +124,10 @@ def make_block(rng: np.random.Generator, tokenizer: SimpleTokenizer) -> Batch:
 
 
 def _example(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, list[int], list[int]]:
-    """Pixels, caption, labels of the image and labels that the caption names; now and then without colours."""
-    picture, colours = render(scene, rng), {"colour", "other_colour"}
-    labels, fields = scene_labels(scene), scene.fields
-    if rng.random() < PARTIAL_SHARE:
-        fields = some_fields(scene, rng)
-    if rng.random() < GREY_SHARE:
-        picture, fields = picture.convert("L").convert("RGB"), (fields - {"colour"}) or frozenset({"shape"})
-        labels = [UNKNOWN if name in colours else label for name, label in zip(LABELS, labels, strict=True)]
+    """Pixels, caption, labels of the image and labels that the caption names."""
+    fields = some_fields(scene, rng) if rng.random() < PARTIAL_SHARE else scene.fields
     written = caption(scene, rng, fields)
-    return _as_decoded(picture), written.text, labels, named_labels(scene, written.fields)
+    return _as_decoded(render(scene, rng)), written.text, scene_labels(scene), named_labels(scene, written.fields)
 
 
 def _as_decoded(picture: Image.Image) -> np.ndarray:

@@ -785,15 +785,20 @@ def test_damaged_listings_never_raise(tmp_path: Path, seed: int, n: int, suffix:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from fusion_core import readers, shards
 from schemas.feature_table import InputSpec
+
+def peak():  # not ru_maxrss, which a process takes over from its parent
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
 spec = InputSpec(max_image_bytes=1 << 20)
 units = list(shards.plan([sys.argv[1]], spec))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(sum(1 for unit in units for item in readers.read(unit, spec)))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+before = peak()
+print(sum(1 for unit in units for item in readers.read(unit, spec)), peak() - before)
 """
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 
 
 def growth(path: Path) -> tuple[int, float]:
@@ -803,14 +808,16 @@ def growth(path: Path) -> tuple[int, float]:
     return int(rows), float(mib)
 
 
+@needs_proc
 def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
     image = random.Random(0).randbytes(100_000)
     # Small pages: a page is read whole, and pyarrow's own default is 1,024 images to a page.
     write_parquet(tmp_path / "a.parquet", {"image": [image] * 2500}, use_dictionary=False, write_batch_size=16)
     rows, mib = growth(tmp_path / "a.parquet")
-    assert rows == 2500 and mib < 80
+    assert rows == 2500 and mib < 120
 
 
+@needs_proc
 def test_a_large_tar_is_not_held_in_memory(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(200_000)
 
@@ -820,4 +827,4 @@ def test_a_large_tar_is_not_held_in_memory(tmp_path: Path) -> None:
 
     write_tar(tmp_path / "a.tar", members())
     rows, mib = growth(tmp_path / "a.tar")
-    assert rows == 501 and mib < 30
+    assert rows == 501 and mib < 20

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_core import fusers, images, index, search, towers
+from fusion_core import fusers, images, index, readers, search, shards, towers
 from fusion_core import table as tables
 from fusion_core.demo import scenes
 from fusion_core.index import Index
@@ -19,7 +19,7 @@ from fusion_core.search import NoImage, Searcher, WrongSpace, fetch_image
 from fusion_core.towers import Towers
 from schemas.feature_table import InputSpec, TableSpec, features_schema
 from schemas.index import ANSWER
-from schemas.samples import InputIdentity, Unit
+from schemas.samples import InputIdentity, Sample, Unit
 
 ROWS = 48
 
@@ -64,9 +64,10 @@ def pictures(demo: Towers, tmp_path_factory: pytest.TempPathFactory) -> Pictures
         encoded.append(None if row % 7 == 6 else stream.getvalue())
         captions.append(None if row == 5 else scenes.caption(scene, rng).text)
     shard = tmp_path_factory.mktemp("shards") / "000.tar"
-    dim = demo.spec.embedding_dim
-    image = np.stack([np.zeros(dim) if data is None else embed_image(demo, data) for data in encoded])
-    text = np.stack([np.zeros(dim) if words is None else demo.embed_texts([words])[0] for words in captions])
+    image, text = (np.zeros((ROWS, demo.spec.embedding_dim), np.float32) for _ in range(2))
+    pixels = [images.decode(data, demo.spec.preprocess, 10**6).pixels for data in encoded if data is not None]
+    image[[data is not None for data in encoded]] = demo.embed_images(np.stack(pixels))
+    text[[words is not None for words in captions]] = demo.embed_texts([words for words in captions if words])
     return Pictures(shard, encoded, write_tar(shard, encoded), captions, image, text)
 
 
@@ -122,7 +123,7 @@ def open_index(
         for field in schema
     ]
     with tables.UnitWriter(
-        str(place / "table"), spec, Unit("u", "tar", str(pictures.shard), InputIdentity(1, 1))
+        str(place / "table"), spec, Unit("u", "tar", str(pictures.shard), InputIdentity(1, 1), first_row=int(rows[0]))
     ) as writer:
         writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema))
         writer.commit()
@@ -299,7 +300,7 @@ def test_a_text_alone_passes_the_fuser_of_an_index_in_its_own_space(
 def test_a_fuser_that_needs_both_refuses_one(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
     searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", "hadamard"), demo)
     for query in ({"text": "a red circle"}, {"image": pictures.encoded[0]}):
-        with pytest.raises(WrongSpace, match="'hadamard'.*give both"):
+        with pytest.raises(WrongSpace, match=r"'hadamard'.*give both"):
             searcher.search(**query)  # type: ignore[arg-type]
 
 
@@ -325,9 +326,9 @@ def test_a_picture_that_is_not_what_was_embedded_is_not_shown(
 ) -> None:
     row = by_image.index.meta([0]).to_pylist()[0]
     write_tar(tmp_path / "000.tar", [data and data[::-1] for data in pictures.encoded])
-    with pytest.raises(NoImage, match="row 0 of .*another image now"):
+    with pytest.raises(NoImage, match=r"row 0 of .*another image now"):
         fetch_image({**row, "shard": str(tmp_path / "000.tar")})
-    with pytest.raises(NoImage, match="row 6 of .* has no image"):
+    with pytest.raises(NoImage, match=r"row 6 of .* has no image"):
         fetch_image(by_image.index.meta([6]).to_pylist()[0])
     with pytest.raises(FileNotFoundError):
         fetch_image({**row, "shard": str(tmp_path / "gone.tar")})
@@ -335,41 +336,64 @@ def test_a_picture_that_is_not_what_was_embedded_is_not_shown(
         fetch_image({**row, "shard": "/data/000.tar.gz", "offset": None, "length": None})
 
 
-def place_in(pictures: Pictures, row: int, shard: Path) -> dict[str, Any]:
-    data = pictures.encoded[row]
-    assert data is not None
-    digest = hashlib.sha256(data).digest()
-    return {"key": f"{row:03d}", "shard": str(shard), "row": row, "offset": None, "length": None, "sha256": digest}
+def write_shards(pictures: Pictures, folder: Path, layout: str) -> str:
+    """The pictures in one of the layouts that are read; the pattern that names them."""
+    folder.mkdir()
+    if layout == "tar":
+        write_tar(folder / "0.tar", pictures.encoded)
+        return str(folder / "0.tar")
+    if layout in ("parquet", "struct"):
+        column = pa.array(pictures.encoded)
+        if layout == "struct":
+            column = pa.StructArray.from_arrays([column, pa.nulls(ROWS, pa.string())], ["bytes", "path"])
+        rows = pa.table({"image": column, "caption": ["words"] * ROWS})
+        pq.write_table(rows, folder / "0.parquet", row_group_size=10)
+        return str(folder / "0.parquet")
+    (folder / "below").mkdir()
+    names = [f"below/{row:03d}.{'png' if row % 2 else 'PNG'}" for row in range(ROWS)]
+    for name, data in zip(names, pictures.encoded, strict=True):
+        if data is not None:
+            (folder / name).write_bytes(data)
+    if layout == "folder":
+        return str(folder)
+    with (folder / "0.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("path", "caption"), *((name, "words") for name in names)])
+    return str(folder / "0.csv")
 
 
-@pytest.mark.parametrize("layout", ["bytes", "struct"])
-def test_a_picture_is_read_from_parquet(pictures: Pictures, tmp_path: Path, layout: str) -> None:
-    column = pa.array(pictures.encoded)
-    if layout == "struct":
-        column = pa.StructArray.from_arrays([column, pa.nulls(ROWS, pa.string())], ["bytes", "path"])
-    pq.write_table(pa.table({"image": column, "n": range(ROWS)}), tmp_path / "0.parquet", row_group_size=10)
-    for row in (0, 9, 10, 47):
-        assert fetch_image(place_in(pictures, row, tmp_path / "0.parquet")) == pictures.encoded[row]
+def rows_of(pattern: str) -> list[tuple[dict[str, Any], bytes]]:
+    """Every picture that the readers find, with the row that the table would have for it."""
+    found = []
+    for unit in shards.plan([pattern], InputSpec(), unit_rows=20):
+        for sample in readers.read(unit, InputSpec()):
+            if isinstance(sample, Sample) and sample.image is not None:
+                row = {name: getattr(sample, name) for name in ("key", "row", "offset", "length")}
+                digest = hashlib.sha256(sample.image).digest()
+                found.append(({**row, "shard": unit.shard, "sha256": digest}, sample.image))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["tar", "folder", "parquet", "struct", "listing"])
+def test_every_picture_that_was_read_can_be_read_again(pictures: Pictures, tmp_path: Path, layout: str) -> None:
+    found = rows_of(write_shards(pictures, tmp_path / "shards", layout))
+    assert sorted(image for _, image in found) == sorted(data for data in pictures.encoded if data is not None)
+    for row, image in found:
+        assert fetch_image(row) == image
+    with pytest.raises(NoImage, match="more than the 10"):
+        fetch_image(found[0][0], max_bytes=10)
+    with pytest.raises(NoImage, match="another image now"):
+        fetch_image({**found[0][0], "sha256": found[1][0]["sha256"]})
 
 
 def test_a_picture_is_read_from_the_column_that_the_job_was_told(pictures: Pictures, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [b"thumb"] * ROWS, "full": pictures.encoded}), tmp_path / "0.parquet")
-    row = place_in(pictures, 3, tmp_path / "0.parquet")
-    assert fetch_image(row, spec=InputSpec(image_column="full")) == pictures.encoded[3]
+    pq.write_table(pa.table({"image": [b"thumb"] * ROWS, "full": pictures.encoded}), tmp_path / "0.pq")
+    data = pictures.encoded[3]
+    assert data is not None
+    digest = hashlib.sha256(data).digest()
+    row = {"key": "0:3", "shard": str(tmp_path / "0.pq"), "row": 3, "offset": None, "length": None, "sha256": digest}
+    assert fetch_image(row, spec=InputSpec(image_column="full")) == data
     with pytest.raises(NoImage, match="another image"):
         fetch_image(row)
-
-
-def test_a_picture_is_read_from_a_folder_and_through_a_listing(pictures: Pictures, tmp_path: Path) -> None:
-    for row, data in enumerate(pictures.encoded):
-        if data is not None:
-            (tmp_path / f"{row:03d}.png").write_bytes(data)
-    with (tmp_path / "list.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([("path", "caption"), *((f"{row:03d}.png", "words") for row in range(ROWS))])
-    for shard in (tmp_path, tmp_path / "list.csv"):
-        assert fetch_image(place_in(pictures, 10, shard)) == pictures.encoded[10]
-        with pytest.raises(NoImage, match="more than the 10"):
-            fetch_image(place_in(pictures, 10, shard), max_bytes=10)
 
 
 def test_search_has_no_door_of_its_own_to_faiss() -> None:
