@@ -19,7 +19,6 @@ from schemas.feature_table import Precision, Preprocess, TowerSpec
 DEMO = "fusion-demo"  # the small model that ships with us
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-_PAD_TO = 8  # batches are padded to a multiple of this: see Towers
 _LOADING = threading.Lock()
 _LOADED: dict[tuple[str, str, str, str], "Towers"] = {}
 
@@ -41,8 +40,8 @@ class _Source:
 class Towers:
     """The image and the text tower of one model on one device. Safe to call from several threads.
 
-    Rows do not influence each other, and batches are padded to a multiple of 8 rows (the kernels of very small batches
-    round differently): a row's vector does not depend on which other rows came with it.
+    Rows do not influence each other, but kernels for few rows round differently from those for many. Padded to one
+    number of rows (`pad_to`), a row's vector does not depend, to the bit, on which other rows came with it.
     """
 
     def __init__(self, spec: TowerSpec, model: Any, tokenizer: Any, device: str):
@@ -58,22 +57,22 @@ class Towers:
         self._mean = torch.tensor(spec.preprocess.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.preprocess.std, device=device).view(1, -1, 1, 1)
 
-    def embed_images(self, pixels: np.ndarray) -> np.ndarray:
+    def embed_images(self, pixels: np.ndarray, pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
         torch = self._torch
         n = len(pixels)
         with torch.inference_mode():
-            batch = torch.from_numpy(_padded(pixels)).to(self.device).permute(0, 3, 1, 2).contiguous()
+            batch = torch.from_numpy(_padded(pixels, pad_to)).to(self.device).permute(0, 3, 1, 2).contiguous()
             batch = batch.to(torch.float32).div(255).sub_(self._mean).div_(self._std)
             return self._unit(self._model.encode_image(batch.to(self._dtype)), n)
 
-    def embed_texts(self, texts: list[str]) -> np.ndarray:
+    def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
         torch = self._torch
         with self._tokenizing:
             tokens = self._tokenizer(texts)
         with torch.inference_mode():
-            batch = torch.from_numpy(_padded(tokens.numpy())).to(self.device)
+            batch = torch.from_numpy(_padded(tokens.numpy(), pad_to)).to(self.device)
             return self._unit(self._model.encode_text(batch), len(texts))
 
     def _unit(self, features: Any, n: int) -> np.ndarray:
@@ -276,8 +275,8 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if name and path.exists() else name
 
 
-def _padded(rows: np.ndarray) -> np.ndarray:
-    missing = -len(rows) % _PAD_TO
+def _padded(rows: np.ndarray, pad_to: int) -> np.ndarray:
+    missing = max(0, pad_to - len(rows))
     return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) if missing else rows
 
 

@@ -181,7 +181,10 @@ def _decode_one(sample: Sample, spec: TableSpec, known: KnownVectors) -> Row | D
 def embed(
     rows: Sequence[Row], towers: Towers, known: KnownVectors, batch: int, clock: "Clock"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text vectors of the rows, float16 [n, D] each, zeros where the modality is absent."""
+    """Image and text vectors of the rows, float16 [n, D] each, zeros where the modality is absent.
+
+    Every forward has `batch` rows, so that neither a broken neighbour nor a later retry changes a bit of a vector.
+    """
     image = np.zeros((len(rows), towers.spec.embedding_dim), np.float16)
     text = np.zeros_like(image)
     to_do_images, to_do_texts = [], []
@@ -198,10 +201,11 @@ def embed(
     known.rows_reused += len(rows) - len({*to_do_images, *to_do_texts})
     with clock("embed_image"):
         for some in chunks(to_do_images, batch):
-            image[some] = towers.embed_images(np.stack([rows[i].pixels for i in some]))  # type: ignore[misc]
+            pixels = np.stack([rows[i].pixels for i in some])  # type: ignore[misc]
+            image[some] = towers.embed_images(pixels, pad_to=batch)
     with clock("embed_text"):
         for some in chunks(to_do_texts, batch):
-            text[some] = towers.embed_texts([rows[i].sample.caption or "" for i in some])
+            text[some] = towers.embed_texts([rows[i].sample.caption or "" for i in some], pad_to=batch)
     return image, text
 
 

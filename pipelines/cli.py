@@ -211,12 +211,13 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _index(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import files, index, table
+    from fusion_core import files, index, report, table
 
     feature_table = table.Table.open(args.table)
     feature_table.check_embedding(args.column)
     say = partial(print, file=sys.stderr)
     record = index.build(feature_table, files.absolute(args.output), args.column, log=say)
+    report.write(feature_table, files.absolute(args.output), "Retrieval index", index=record)
     rows, parameters = f"{record.rows_indexed:,} of {record.rows_table:,} rows", record.parameters or ""
     print(f"{args.output}: {rows}, {record.factory} {parameters}")
     for found in record.recalls:

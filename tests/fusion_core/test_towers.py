@@ -139,10 +139,10 @@ def test_a_rows_vector_does_not_depend_on_its_neighbours(vit: Path) -> None:
         some = (
             pixels[:, :size, :size] if size <= 64 else np.pad(pixels, [(0, 0), (0, size - 64), (0, size - 64), (0, 0)])
         )
-        whole, captions = model.embed_images(some), model.embed_texts(texts)
+        whole, captions = model.embed_images(some, 40), model.embed_texts(texts, 40)
         for rows in ([5], list(range(9)), list(range(36, -1, -1)), [3, 3, 30]):
-            np.testing.assert_array_equal(model.embed_images(some[rows]), whole[rows])
-            np.testing.assert_array_equal(model.embed_texts([texts[i] for i in rows]), captions[rows])
+            np.testing.assert_array_equal(model.embed_images(some[rows], 40), whole[rows])
+            np.testing.assert_array_equal(model.embed_texts([texts[i] for i in rows], 40), captions[rows])
 
 
 def test_threads_share_one_copy_and_agree(vit: Path) -> None:

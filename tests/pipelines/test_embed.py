@@ -5,10 +5,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -176,16 +177,23 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     write_tar(shard, {**broken, "000007.jpg": members["000007.jpg"], "000011.txt": members["000011.txt"]}.items())
 
     model = towers.load(towers.DEMO, precision="fp32")
-    counts = {"images": 0, "texts": 0}
-    images, texts = model.embed_images, model.embed_texts
-    monkeypatch.setattr(
-        model, "embed_images", lambda x: (counts.update(images=counts["images"] + len(x)), images(x))[1]
-    )
-    monkeypatch.setattr(model, "embed_texts", lambda x: (counts.update(texts=counts["texts"] + len(x)), texts(x))[1])
+    counts = {"embed_images": 0, "embed_texts": 0}
+
+    def counting(name: str) -> Callable[..., np.ndarray]:
+        embed_some = getattr(model, name)
+
+        def count(rows: Sequence[object], pad_to: int) -> np.ndarray:
+            counts[name] += len(rows)
+            return embed_some(rows, pad_to)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(model, name, counting(name))
     capsys.readouterr()
     assert cli.main(["retry", str(tmp_path / "table")]) == 0
     assert "33 samples = 32 rows + 1 dead letters" in capsys.readouterr().out
-    assert counts == {"images": 2, "texts": 2}
+    assert counts == {"embed_images": 2, "embed_texts": 2}
 
     write_tar(shard, members.items())
     assert cli.main(["retry", str(tmp_path / "table")]) == 0

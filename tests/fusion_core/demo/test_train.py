@@ -76,7 +76,8 @@ def test_heads_do_not_push_held_out_shapes_away() -> None:
     heads = Heads(8)
     embeddings = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
     heads.loss(embeddings, torch.tensor([scene_labels(RED_STAR)])).backward()  # type: ignore[no-untyped-call]
-    gradient = heads.readers["shape"].bias.grad
+    gradient = dict(heads.named_parameters())["readers.shape.bias"].grad
+    assert gradient is not None
     assert gradient[LABELS["shape"].index("circle")] == 0
     assert gradient[LABELS["shape"].index("ring")] > 0 > gradient[LABELS["shape"].index("star")]
 
