@@ -243,12 +243,14 @@ def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequenc
     pipeline.run().wait_until_finish()
     told = progress.take_failures()
     manifest = table.read_manifest(job.output)
-    missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work.unit)]
+    missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work)]
     return [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 
 
-def _done(record: ManifestRecord | None, item: Unit) -> bool:
-    return record is not None and not record.removed and record.unit.identity == item.identity
+def _done(record: ManifestRecord | None, work: unit.Work) -> bool:
+    """Whether a record is of this work, not of an earlier run of the unit."""
+    before = work.previous.revision if work.previous else -1
+    return record is not None and record.revision > before and record.unit.identity == work.unit.identity
 
 
 def local_runner(knobs: Knobs, beam_options: Sequence[str]) -> list[str]:

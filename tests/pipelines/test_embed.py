@@ -57,6 +57,18 @@ def parts(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / "features").iterdir())}
 
 
+def fails_for(prefix: str) -> Callable[[files.PendingFile, str], None]:
+    """A PendingFile.publish that finds the disk full for names that begin so."""
+    publish = files.PendingFile.publish
+
+    def full(self: files.PendingFile, name: str) -> None:
+        if name.startswith(prefix):
+            raise OSError(28, "No space left on device")
+        publish(self, name)
+
+    return full
+
+
 def test_shards_become_a_table_and_a_second_run_does_nothing(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,14 +151,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
     assert run("--quiet") == 0
     before = read(tmp_path / "table")
     write_tar(tmp_path / "00009.tar", pairs(20, start=500))
-    publish = files.PendingFile.publish
-
-    def full(self: files.PendingFile, name: str) -> None:
-        if name.startswith("features/00009"):
-            raise OSError(28, "No space left on device")
-        publish(self, name)
-
-    monkeypatch.setattr(files.PendingFile, "publish", full)
+    monkeypatch.setattr(files.PendingFile, "publish", fails_for("features/00009"))
     assert run() == 1
     assert "00009.tar: no space left for its part: free some and run the command again" in capsys.readouterr().err
     assert read(tmp_path / "table").equals(before)
@@ -201,6 +206,17 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     assert read(tmp_path / "table").equals(read(tmp_path / "fresh"))
     assert cli.main(["retry", str(tmp_path / "table")]) == 0
     assert "no dead letters" in capsys.readouterr().out
+
+
+def test_a_retry_that_fails_says_so(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "a.tar", [*pairs(3), ("bad.jpg", b""), ("bad.txt", b"x")])
+    assert run() == 0
+    monkeypatch.setattr(files.PendingFile, "publish", fails_for("features/"))
+    assert cli.main(["retry", str(tmp_path / "table")]) == 1
+    assert "1 of 1 units failed" in capsys.readouterr().err
+    assert read(tmp_path / "table").num_rows == 3
 
 
 def test_units_that_a_parquet_file_has_no_more_leave_the_table(tmp_path: Path, run: Run) -> None:
