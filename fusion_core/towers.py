@@ -20,7 +20,7 @@ DEMO = "fusion-demo"  # the small model that ships with us
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _LOADING = threading.Lock()
-_LOADED: dict[tuple[str, str, str, str], "Towers"] = {}
+_LOADED: dict[tuple[str, str, str, Precision], "Towers"] = {}
 
 
 class TowerError(ValueError):
@@ -91,7 +91,8 @@ def load(model: str, pretrained: str = "", device: str = "auto", precision: str 
     model-config JSON, or `fusion-demo`. `pretrained`: a tag of open_clip's or a weights file, where the model does not
     bring its own. `device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises TowerError.
     """
-    key = (_absolute(model), _absolute(pretrained), device, precision)
+    device = _pick_device(device)
+    key = (_absolute(model), _absolute(pretrained), device, _pick_precision(precision, device))
     with _LOADING:
         if key not in _LOADED:
             _LOADED[key] = _load(*key)
@@ -119,15 +120,13 @@ def for_spec(spec: TowerSpec, device: str = "auto", pretrained: str = "") -> Tow
     return towers
 
 
-def _load(model: str, pretrained: str, device: str, precision: str) -> Towers:
+def _load(model: str, pretrained: str, device: str, precision: Precision) -> Towers:
     import open_clip
 
     source = _find(model, pretrained)
-    device = _pick_device(device)
-    kind = _pick_precision(precision, device)
     try:
         network: Any = open_clip.create_model(
-            source.name, pretrained=source.pretrained, precision=kind, device=device, require_pretrained=True
+            source.name, pretrained=source.pretrained, precision=precision, device=device, require_pretrained=True
         )
         tokenizer = _tokenizer(source)
     except Exception as error:
@@ -140,7 +139,7 @@ def _load(model: str, pretrained: str, device: str, precision: str) -> Towers:
         config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         weights_sha256=_sha256(source.weights),
         embedding_dim=int(config["embed_dim"]),
-        precision=kind,
+        precision=precision,
         preprocess=_preprocess(network.visual.preprocess_cfg),
     )
     return Towers(spec, network, tokenizer, device)

@@ -15,7 +15,8 @@ from pipelines import options
 
 if TYPE_CHECKING:
     from fusion_core.table import Table
-    from pipelines.embed import EmbedJob, Plan
+    from pipelines.embed import EmbedJob
+    from pipelines.plan import Plan
     from schemas.feature_table import RunRecord
 
 DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
@@ -70,7 +71,7 @@ def _quieten() -> None:
     """Libraries speak up for errors only; what is ours and worth a warning is said."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("fusion").setLevel(logging.WARNING)
-    logging.getLogger("fusion.embed.unit").setLevel(logging.CRITICAL)  # failed units are told at the end
+    logging.getLogger("fusion.unit").setLevel(logging.CRITICAL)  # failed units are told at the end
     warnings.filterwarnings("ignore", module="apache_beam|open_clip|timm|torch")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -80,7 +81,7 @@ def _quieten() -> None:
 
 def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from fusion_core import files, fusers, shards, table, towers
-    from pipelines import embed
+    from pipelines import embed, plan
     from schemas.feature_table import InputSpec, TableSpec
 
     if not 0 <= args.shard_index < args.num_shards:
@@ -98,13 +99,13 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     tower = towers.load(args.model, args.pretrained, args.device, precision).spec
     fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser))
-    plan = embed.plan(args.input, output, spec, (args.shard_index, args.num_shards))
-    return _run(args, rest, embed.EmbedJob(output, spec), plan)
+    planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
+    return _run(args, rest, embed.EmbedJob(output, spec), planned)
 
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     from fusion_core import table, towers
-    from pipelines import embed
+    from pipelines import embed, plan
 
     embed.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
@@ -114,23 +115,24 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"{feature_table.place}: no dead letters")
         return DONE
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    plan = embed.plan(broken, feature_table.place, spec, redo_dead=True)
-    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, args.pretrained), plan)
+    planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
+    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, args.pretrained), planned)
 
 
-def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", plan: "Plan") -> int:
+def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
     from fusion_core import report, table
     from pipelines import embed
 
     knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
-    run = embed.run(job, plan, knobs, args.command_line, rest)
+    run = embed.run(job, planned, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
     for failure in run.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if run.state == "failed":
         print(
-            f"{run.units_failed} of {len(plan.work)} units failed; run the same command again to go on", file=sys.stderr
+            f"{run.units_failed} of {len(planned.work)} units failed; run the same command again to go on",
+            file=sys.stderr,
         )
         return FAILED
     report.write(feature_table, job.output, "Feature table", run)

@@ -1,17 +1,15 @@
 """The embedding job: shards in, feature table out.
 
-    Create(units) | Reshuffle | EmbedUnits | totals
+    Create(work) | EmbedUnits = (Reshuffle | ParDo(RunUnit))
 
 Each unit is read, decoded, embedded and written by one DoFn call, so that heavy bytes never cross a shuffle and a unit
-commits whole or not at all. Planning, the comparison with what the table already holds, and the last word on success
-are the launcher's.
+commits whole or not at all. What to do is the launcher's to plan (plan.py), and it has the last word on success.
 """
 
 import difflib
 import errno
 import logging
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,11 +20,11 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, shards, table, towers, unit
 from pipelines import progress
+from pipelines.plan import Plan
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 from schemas.samples import Unit
 
-LOG = logging.getLogger("fusion.embed")
-_UNIT_LOG = logging.getLogger("fusion.embed.unit")
+_LOG = logging.getLogger("fusion.unit")
 _NAMESPACE = "fusion"
 
 
@@ -63,94 +61,6 @@ class Outcome(NamedTuple):
     rows_dead: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run has to do on a table: units to run (big ones first), records to take out, units that stand already."""
-
-    work: tuple[unit.Work, ...]
-    gone: tuple[ManifestRecord, ...]
-    skipped: int
-
-    @property
-    def samples(self) -> int | None:
-        """How many samples the work holds, where all its shards say so beforehand."""
-        rows = [work.unit.rows for work in self.work]
-        return sum(n for n in rows if n is not None) if all(n is not None for n in rows) else None
-
-
-# --- the plan -------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    inputs: Sequence[str], output: str, spec: TableSpec, share: tuple[int, int] = (0, 1), redo_dead: bool = False
-) -> Plan:
-    """Compares the shards that `inputs` name with what the table at `output` holds.
-
-    `share`: (index, number) of this launcher among several on one table. `redo_dead`: units with dead letters are
-    worked on again even where their input is what it was.
-    """
-    manifest = table.read_manifest(output)
-    for path in manifest.damaged:
-        LOG.warning("%s is damaged: the units it recorded are done again", path)
-    lying = table.list_parts(output)
-    planned = list(shards.plan(inputs, spec.input))
-    _check_unique(planned)
-    mine = [item for item in planned if zlib.crc32(item.id.encode()) % share[1] == share[0]]
-    stale = _unrecorded(lying, manifest)
-    work, skipped = [], 0
-    for item in mine:
-        record = manifest.by_unit.get(item.id)
-        if record and _stands(record, item, spec, lying) and not (redo_dead and record.rows_dead):
-            skipped += 1
-            for path in stale.get(item.id, ()):  # left by a run that died after its record was written
-                files.remove(files.join(output, path))
-        else:
-            work.append(unit.Work(item, record, tuple(stale.get(item.id, ()))))
-    work.sort(key=lambda work: (-(work.unit.rows or 0), -work.unit.identity.size_bytes, work.unit.id))
-    return Plan(tuple(work), _gone(manifest, planned), skipped)
-
-
-def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
-    """Whether a record still speaks of this input, this kind of table, and parts that are there."""
-    parts = [part for part in (record.features, record.dead_letters) if part]
-    return (
-        not record.removed
-        and record.unit.identity == item.identity
-        and record.spec_fingerprint == spec.fingerprint
-        and all(lying.get(part.path) == part.size_bytes for part in parts)
-    )
-
-
-def _unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list[str]]:
-    recorded = {path for record in manifest.live for path in table.part_paths(record)}
-    stale: dict[str, list[str]] = {}
-    for path in sorted(set(lying) - recorded):
-        stale.setdefault(table.unit_of_part(path), []).append(path)
-    return stale
-
-
-def _gone(manifest: table.Manifest, planned: Iterable[Unit]) -> tuple[ManifestRecord, ...]:
-    """Records of units that their shard, being planned anew, does not have any more."""
-    shards_planned = {item.shard for item in planned}
-    units_planned = {item.id for item in planned}
-    return tuple(
-        record
-        for record in manifest.live
-        if record.unit.shard in shards_planned and record.unit.id not in units_planned
-    )
-
-
-def _check_unique(planned: Sequence[Unit]) -> None:
-    seen: dict[str, str] = {}
-    for item in planned:
-        if item.id in seen:
-            raise shards.InputError(f"{item.shard} and {seen[item.id]} have the same unit id {item.id}: rename one")
-        seen[item.id] = item.shard
-
-
-# --- the Beam job ---------------------------------------------------------------------------------------------------
-
-
 class RunUnit(beam.DoFn):  # type: ignore[misc]
     """Work in, Outcome out; a unit that fails does not take its neighbours along."""
 
@@ -172,7 +82,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             )
         except Exception as error:
             why = _explain(work.unit, error)
-            _UNIT_LOG.error("unit %s failed: %s", work.unit.id, why, exc_info=not isinstance(error, OSError))
+            _LOG.error("unit %s failed: %s", work.unit.id, why, exc_info=not isinstance(error, OSError))
             progress.add_failure(work.unit.id, why)
             Metrics.counter(_NAMESPACE, "units_failed").inc()
         else:

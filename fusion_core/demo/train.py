@@ -3,9 +3,9 @@
 Contrastive training alone reads colours and backgrounds and hardly any shapes: the other attributes already tell the
 scenes of a batch apart. So linear heads, shared by both towers and thrown away at the end, ask every embedding for
 every attribute, and in the second part of training half the batches consist of scenes that differ in one value only.
-No loss uses a held-out shape as a negative for a picture of its colour: a model that still sees shapes badly learns
-from such negatives that the pair does not exist (without this, after 585 steps: 57 % zero-shot shape accuracy on
-trained pairs, 1 % on held-out ones, chance 17 %).
+For a picture of a colour, the shapes held out with it are no classes of the heads, and captions that name such a shape
+without a colour are no negatives: a model that still sees shapes badly learns from those that the pair does not exist
+(with them, after 585 steps: 57 % zero-shot shape accuracy on trained pairs, 1 % on held-out ones, chance 17 %).
 """
 
 import argparse

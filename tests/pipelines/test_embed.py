@@ -17,7 +17,7 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, table, towers
-from pipelines import cli, embed
+from pipelines import cli, embed, plan
 from schemas.feature_table import TableSpec
 from tests.corpora import pairs, photo, write_tar
 
@@ -293,10 +293,10 @@ def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*pairs(9), ("bad.jpg", b""), ("bad.txt", b"x")])
     spec = TableSpec(towers.load(towers.DEMO).spec)
     job = embed.EmbedJob(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
-    plan = embed.plan([str(tmp_path / "a.tar")], job.output, spec)
+    planned = plan.compare([str(tmp_path / "a.tar")], job.output, spec)
     knobs = embed.Knobs(workers=2)
     pipeline = beam.Pipeline(options=PipelineOptions(embed.local_runner(knobs, [])))
-    pipeline | beam.Create(plan.work, reshuffle=False) | embed.EmbedUnits(job, knobs)
+    pipeline | beam.Create(planned.work, reshuffle=False) | embed.EmbedUnits(job, knobs)
     result = pipeline.run()
     result.wait_until_finish()
     found = result.metrics().query(MetricsFilter().with_namespace("fusion"))["counters"]
