@@ -87,6 +87,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             Metrics.counter(_NAMESPACE, "units_failed").inc()
         else:
             _count(record)
+            progress.add_bytes(work.unit.identity.size_bytes)
             yield Outcome(work.unit.id, record.rows_in, record.rows_out, record.rows_dead)
 
 
@@ -121,7 +122,7 @@ def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Seq
 
     Whatever happens, units that are recorded stay, and the same command picks up from there.
     """
-    watch = progress.Watch(job.output, command, len(plan.work), plan.skipped, plan.samples, knobs.quiet)
+    watch = progress.Watch(job.output, command, plan, knobs.quiet)
     with watch:
         if plan.work:
             failures = _run_pipeline(job, plan, knobs, beam_options)

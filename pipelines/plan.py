@@ -21,6 +21,11 @@ class Plan:
     skipped: int
 
     @property
+    def size_bytes(self) -> int:
+        """How large the shards of the work are."""
+        return sum(work.unit.identity.size_bytes for work in self.work)
+
+    @property
     def samples(self) -> int | None:
         """How many samples the work holds, where all its shards say so beforehand."""
         rows = [work.unit.rows for work in self.work]

@@ -14,12 +14,14 @@ from typing import Self
 from tqdm import tqdm
 
 from fusion_core import table
+from pipelines.plan import Plan
 from schemas.feature_table import RunRecord
 
 _RECORD_SECONDS = 5.0
 _LOG_SECONDS = 10.0
 _LOCK = threading.Lock()
 _SAMPLES = 0
+_BYTES = 0
 _FAILURES: dict[str, str] = {}
 
 
@@ -28,6 +30,13 @@ def add_samples(n: int) -> None:
     global _SAMPLES
     with _LOCK:
         _SAMPLES += n
+
+
+def add_bytes(n: int) -> None:
+    """Counts the bytes of the shards that the units of this process have read to their end."""
+    global _BYTES
+    with _LOCK:
+        _BYTES += n
 
 
 def add_failure(unit: str, what: str) -> None:
@@ -47,10 +56,11 @@ def take_failures() -> dict[str, str]:
 class Watch:
     """Shows and records a run until its block ends; a bar on a terminal, plain lines in a log."""
 
-    def __init__(self, place: str, command: str, units: int, skipped: int, samples: int | None, quiet: bool):
+    def __init__(self, place: str, command: str, plan: Plan, quiet: bool):
         self._place = place
-        self._quiet = quiet
-        self._start = _SAMPLES
+        self._plan = plan
+        self._start, self._start_bytes = _SAMPLES, _BYTES
+        units = len(plan.work)
         now = _now()
         self.run = RunRecord(
             id=f"{now.replace(':', '').replace('+0000', 'Z')}-{uuid.uuid4().hex[:8]}",
@@ -59,15 +69,15 @@ class Watch:
             pid=os.getpid(),
             started_at=now,
             updated_at=now,
-            units_planned=units + skipped,
-            units_skipped=skipped,
-            samples_planned=samples,
+            units_planned=units + plan.skipped,
+            units_skipped=plan.skipped,
+            samples_planned=plan.samples,
         )
         self._bar = tqdm(
-            total=samples,
+            total=plan.samples,
             unit=" samples",
             desc=f"{units} unit{'s' * (units != 1)}",
-            disable=quiet,
+            disable=quiet or not units,
             mininterval=0.5 if sys.stderr.isatty() else _LOG_SECONDS,
             dynamic_ncols=True,
             ascii=None if sys.stderr.isatty() else True,
@@ -100,15 +110,25 @@ class Watch:
     def _follow(self) -> None:
         recorded = 0.0
         while not self._ended.wait(0.5):
-            self._bar.update(_SAMPLES - self._start - self._bar.n)
+            self._show()
             recorded += 0.5
             if recorded >= _RECORD_SECONDS:
                 recorded = 0.0
                 self._record()
-        self._bar.update(_SAMPLES - self._start - self._bar.n)
+        self._show()
+
+    def _show(self) -> None:
+        read = _BYTES - self._start_bytes
+        if self._plan.samples is None and read:  # tars do not say how many samples they hold: judge by their size
+            self._bar.total = max(self._bar.n, round(self._samples_done * self._plan.size_bytes / read))
+        self._bar.update(self._samples_done - self._bar.n)
+
+    @property
+    def _samples_done(self) -> int:
+        return _SAMPLES - self._start
 
     def _record(self) -> None:
-        self.update(samples_done=_SAMPLES - self._start, updated_at=_now())
+        self.update(samples_done=self._samples_done, updated_at=_now())
         with contextlib.suppress(OSError):  # a full disk stops units, and they say so
             table.write_run(self._place, self.run)
 
