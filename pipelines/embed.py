@@ -87,7 +87,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             Metrics.counter(_NAMESPACE, "units_failed").inc()
         else:
             _count(record)
-            progress.add_bytes(work.unit.identity.size_bytes)
+            progress.add_unit(record.rows_in, work.unit.identity.size_bytes)
             yield Outcome(work.unit.id, record.rows_in, record.rows_out, record.rows_dead)
 
 

@@ -21,7 +21,7 @@ _RECORD_SECONDS = 5.0
 _LOG_SECONDS = 10.0
 _LOCK = threading.Lock()
 _SAMPLES = 0
-_BYTES = 0
+_FINISHED = (0, 0)  # samples and bytes of whole units
 _FAILURES: dict[str, str] = {}
 
 
@@ -32,11 +32,11 @@ def add_samples(n: int) -> None:
         _SAMPLES += n
 
 
-def add_bytes(n: int) -> None:
-    """Counts the bytes of the shards that the units of this process have read to their end."""
-    global _BYTES
+def add_unit(samples: int, size_bytes: int) -> None:
+    """Counts a finished unit of this process: how much its shard held, and how large it is."""
+    global _FINISHED
     with _LOCK:
-        _BYTES += n
+        _FINISHED = _FINISHED[0] + samples, _FINISHED[1] + size_bytes
 
 
 def add_failure(unit: str, what: str) -> None:
@@ -59,7 +59,7 @@ class Watch:
     def __init__(self, place: str, command: str, plan: Plan, quiet: bool):
         self._place = place
         self._plan = plan
-        self._start, self._start_bytes = _SAMPLES, _BYTES
+        self._start, self._start_finished = _SAMPLES, _FINISHED
         units = len(plan.work)
         now = _now()
         self.run = RunRecord(
@@ -118,9 +118,9 @@ class Watch:
         self._show()
 
     def _show(self) -> None:
-        read = _BYTES - self._start_bytes
-        if self._plan.samples is None and read:  # tars do not say how many samples they hold: judge by their size
-            self._bar.total = max(self._bar.n, round(self._samples_done * self._plan.size_bytes / read))
+        samples, size_bytes = (now - then for now, then in zip(_FINISHED, self._start_finished, strict=True))
+        if self._plan.samples is None and size_bytes:  # tars do not say how many samples they hold: judge by their size
+            self._bar.total = max(self._samples_done, round(samples * self._plan.size_bytes / size_bytes))
         self._bar.update(self._samples_done - self._bar.n)
 
     @property
