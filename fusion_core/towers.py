@@ -3,6 +3,7 @@
 The only module that imports open_clip (and it does so when towers are first loaded: the import is slow).
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -19,6 +20,14 @@ from schemas.feature_table import Precision, Preprocess, TowerSpec
 DEMO = "fusion-demo"  # the small model that ships with us
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+_CONTEXT_STEP = 8
+_PROBE = (
+    "",
+    "a cat",
+    "two dogs and a bird on a red roof",
+    "a photograph of nothing in particular, taken at night " * 3,
+)
+_SAME_COSINE = {"fp32": 1 - 1e-6, "bf16": 1 - 1e-3, "fp16": 1 - 1e-4}
 _LOADING = threading.Lock()
 _LOADED: dict[tuple[str, str, str, Precision], "Towers"] = {}
 
@@ -52,10 +61,12 @@ class Towers:
         self._torch = torch
         self._model = model
         self._tokenizer = tokenizer
+        self._shortened: dict[int, Any] = {}  # by context length
         self._tokenizing = threading.Lock()  # Hugging Face's tokenizers do not like two callers
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._mean = torch.tensor(spec.preprocess.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(spec.preprocess.std, device=device).view(1, -1, 1, 1)
+        self._cuts_context = self._can_cut_context()
 
     def embed_images(self, pixels: np.ndarray, pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
@@ -68,12 +79,60 @@ class Towers:
 
     def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
-        torch = self._torch
         with self._tokenizing:
-            tokens = self._tokenizer(texts)
-        with torch.inference_mode():
-            batch = torch.from_numpy(_padded(tokens.numpy(), pad_to)).to(self.device)
-            return self._unit(self._model.encode_text(batch), len(texts))
+            tokens = self._tokenizer(texts).numpy()
+        lengths = self._context_lengths(tokens)
+        vectors = np.empty((len(texts), self.spec.embedding_dim), np.float32)
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            for some in np.array_split(rows, range(pad_to, len(rows), pad_to)) if pad_to > 1 else [rows]:
+                vectors[some] = self._embed_tokens(tokens[some, :length], pad_to)
+        return vectors
+
+    def _embed_tokens(self, tokens: np.ndarray, pad_to: int) -> np.ndarray:
+        with self._torch.inference_mode():
+            batch = self._torch.from_numpy(_padded(tokens, pad_to)).to(self.device)
+            return self._unit(self._with_context(tokens.shape[1]).encode_text(batch), len(tokens))
+
+    def _context_lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """How much of the context each row needs: its tokens up to the last that is no padding, in steps of 8.
+
+        A row's length depends on the row alone, so that its vector does not depend on its neighbours.
+        """
+        context = tokens.shape[1]
+        if not self._cuts_context:
+            return np.full(len(tokens), context)
+        used = context - np.argmax(tokens[:, ::-1] != 0, axis=1)
+        return np.asarray(np.minimum(-(-used // _CONTEXT_STEP) * _CONTEXT_STEP, context))
+
+    def _with_context(self, length: int) -> Any:
+        """The model with a text tower of the first `length` positions; all weights are shared."""
+        if length == self._model.context_length:
+            return self._model
+        if length not in self._shortened:
+            self._shortened[length] = _shortened(self._model, length)
+        return self._shortened[length]
+
+    def _can_cut_context(self) -> bool:
+        """Whether leaving out padding changes nothing: looked up in the tower, then proved on a probe.
+
+        So it is where no position looks at a later one and the vector is taken at the end of the text.
+        """
+        tower = self._model if hasattr(self._model, "transformer") else getattr(self._model, "text", None)
+        pooled = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
+        mask = getattr(tower, "attn_mask", None)
+        if mask is None or pooled not in ("argmax", "eos") or getattr(tower, "cls_emb", None) is not None:
+            return False
+        if not bool((mask.triu(1) == float("-inf")).logical_or(mask.tril() == mask).all()):
+            return False
+        tokens = self._tokenizer(list(_PROBE)).numpy()
+        if tokens.shape[1] != self._model.context_length:
+            return False
+        whole = self._embed_tokens(tokens, 1)
+        self._cuts_context = True
+        lengths = self._context_lengths(tokens)
+        cut = [self._embed_tokens(tokens[i : i + 1, :length], 1)[0] for i, length in enumerate(lengths)]
+        return bool(np.einsum("nd,nd->n", whole, np.stack(cut)).min() > _SAME_COSINE[self.spec.precision])
 
     def _unit(self, features: Any, n: int) -> np.ndarray:
         vectors = self._torch.nn.functional.normalize(features[:n].float(), dim=-1).cpu().numpy()
@@ -272,6 +331,23 @@ def _absolute(name: str) -> str:
     """A path in the form that holds in every working folder; other names as they are."""
     path = Path(name.removeprefix("local-dir:"))
     return str(path.resolve()) if name and path.exists() else name
+
+
+def _shortened(model: Any, length: int) -> Any:
+    """A copy of the model, sharing its weights, whose text tower has a context of `length` tokens."""
+    if hasattr(model, "transformer"):
+        return _with_first_positions(model, length)
+    short = copy.copy(model)
+    short._modules = {**model._modules, "text": _with_first_positions(model.text, length)}
+    return short
+
+
+def _with_first_positions(tower: Any, length: int) -> Any:
+    short = copy.copy(tower)
+    positions = type(tower.positional_embedding)(tower.positional_embedding[:length], requires_grad=False)
+    short._parameters = {**tower._parameters, "positional_embedding": positions}
+    short._buffers = {**tower._buffers, "attn_mask": tower.attn_mask[:length, :length]}
+    return short
 
 
 def _padded(rows: np.ndarray, pad_to: int) -> np.ndarray:

@@ -88,6 +88,30 @@ def test_fp32_vectors_are_open_clips(kind: str, vit: Path) -> None:
         assert cosines(found, expected).min() >= 0.9999
 
 
+TEXTS = {
+    "clip": ({}, True),
+    "custom": ({"custom_text": True}, True),
+    "bidirectional": ({"custom_text": True, "text_cfg": {**VIT["text_cfg"], "no_causal_mask": True}}, False),
+    "last token": ({"custom_text": True, "text_cfg": {**VIT["text_cfg"], "pool_type": "last"}}, False),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_the_context_is_cut_only_where_that_changes_nothing(kind: str, tmp_path: Path) -> None:
+    changes, cuts = TEXTS[kind]
+    folder = save_random_model(tmp_path / kind.replace(" ", "-"), {**VIT, **changes})
+    model = towers.load(str(folder))
+    texts = [*CAPTIONS, *(" ".join(["word"] * n) for n in range(0, 90, 3)), "!", "!!! !"]
+    expected = reference(f"local-dir:{folder}", None, PICTURES[:1], texts)[1]
+    for pad_to in (1, 16):
+        np.testing.assert_allclose(model.embed_texts(texts, pad_to), expected, atol=2e-6)
+    lengths: list[int] = []
+    embed_tokens = model._embed_tokens
+    model._embed_tokens = lambda tokens, pad_to: (lengths.append(tokens.shape[1]), embed_tokens(tokens, pad_to))[1]  # type: ignore[method-assign]
+    model.embed_texts(["a cat", "word " * 20])
+    assert lengths == ([8, 24] if cuts else [77])
+
+
 def test_bf16_vectors_are_close_to_fp32(vit: Path) -> None:
     model = towers.load(str(vit), device="cpu", precision="bf16")
     for found, expected in zip(

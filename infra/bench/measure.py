@@ -1,0 +1,101 @@
+"""How every benchmark here measures: alternately, repeated, medians; and how it tells what it found.
+
+Only ratios within one run mean anything. `others` in the output is the number of cores that other processes kept busy
+meanwhile: where it is not near 0, run it again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CORES = len(os.sched_getaffinity(0))
+
+
+def arguments(name: str, description: str | None, repeats: int = 3) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder for {name}.json (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fusion-bench", help="inputs, weights")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds of each measurement (default: %(default)s)")
+    return parser
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def alternately(cases: Mapping[str, Callable[[], float]], repeats: int, warm: bool = True) -> dict[str, float]:
+    """The median of what each case returns; the cases take turns, every other round backwards, after one unmeasured."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    if warm:
+        for case in cases.values():
+            case()
+    for turn in range(repeats):
+        for name in list(cases)[:: -1 if turn % 2 else 1]:
+            found[name].append(cases[name]())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+class Load:
+    """How many cores other processes kept busy since this was made; children count as ours once they have ended."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def others(self) -> float:
+        """Cores, as a mean over the time."""
+        busy, ours, clock = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, round((busy - ours) / clock, 2))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+
+def tell(
+    name: str, args: argparse.Namespace, load: Load, columns: Sequence[str], rows: Sequence[Sequence[Any]], **more: Any
+) -> None:
+    """Prints the table and writes <output>/<name>.json."""
+    others = load.others()
+    texts = [[_text(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(columns), *texts]) for i in range(len(columns))]
+    for row in [list(columns), ["-" * width for width in widths], *texts]:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("| " + " | ".join(cells) + " |")
+    print(f"({CORES} cores, others busy: {others:.2f} of them)", flush=True)
+    found = {
+        "benchmark": name,
+        "command": " ".join(["python -m infra.bench." + name, *sys.argv[1:]]),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "quick": args.quick,
+        "repeats": args.repeats,
+        "cores": CORES,
+        "others": others,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "versions": {item: metadata.version(item) for item in ("torch", "open_clip_torch", "pyarrow", "pillow")},
+        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        **more,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"{name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
