@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as ExifTag
@@ -72,6 +73,8 @@ def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
                 _check_pixels(*_gif_frame(image), max_pixels, "GIF frame of")
             opened = opener(io.BytesIO(image))
             _check_pixels(*opened.size, max_pixels, f"{name} of")
+            if name == "JPEG" and (decoded := _plain_jpeg(image, opened, preprocess)):
+                return decoded
             upright = _upright(opened)
             fitted = _fit(upright, preprocess).convert("RGB")
             return Decoded(np.array(fitted), *upright.size)
@@ -316,20 +319,21 @@ def _eight_bit(opened: ImageFile) -> Image.Image:
 
 def _fit(image: Image.Image, preprocess: "Preprocess") -> Image.Image:
     """The image, still in its own mode, at the target's size: open_clip's transform up to its RGB conversion."""
-    target = preprocess.height, preprocess.width
-    bilinear = preprocess.interpolation == "bilinear"
-    resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-    size = image.height, image.width
+    size, interpolation, fill = _plan((image.height, image.width), preprocess)
+    resample = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
+    return _center_crop_or_pad(_resized(image, size, resample), (preprocess.height, preprocess.width), fill)
+
+
+def _plan(size: tuple[int, int], preprocess: "Preprocess") -> tuple[tuple[int, int], str, int]:
+    """The (height, width) that open_clip resizes `size` to before it cuts out or pads the centre, how, and the fill."""
+    target, interpolation = (preprocess.height, preprocess.width), preprocess.interpolation
     if preprocess.resize_mode == "squash":
-        return _resized(image, target, resample)
+        return target, interpolation, 0
     if preprocess.resize_mode == "longest":
-        resized = _resized(image, _keep_ratio(size, target, max), resample)
-        return _center_crop_or_pad(resized, target, preprocess.fill_color)
+        return _keep_ratio(size, target, max), interpolation, preprocess.fill_color
     if preprocess.height == preprocess.width:
-        resized = _resized(image, _shortest_edge(size, preprocess.height), resample)
-    else:  # here open_clip does not pass its interpolation on
-        resized = _resized(image, _keep_ratio(size, target, min), Image.Resampling.BICUBIC)
-    return _center_crop_or_pad(resized, target, 0)
+        return _shortest_edge(size, preprocess.height), interpolation, 0
+    return _keep_ratio(size, target, min), "bicubic", 0  # here open_clip does not pass its interpolation on
 
 
 def _shortest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
@@ -367,3 +371,101 @@ def _center_crop_or_pad(image: Image.Image, target: tuple[int, int], fill: int) 
         image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+# ------------------------------------------------------------------------------------------------ plain JPEG, fast
+
+_REDUCED_FROM_PIXELS = 500_000  # below, reading a reduced image saves little
+_COLOURS = {"RGB": ("YCbCr", "RGB"), "L": ("Gray", "GRAY")}  # of Pillow's mode: in the file, and as decoded
+
+
+def _plain_jpeg(image: bytes, opened: ImageFile, preprocess: "Preprocess") -> Decoded | None:
+    """The decoded image, or None unless it is YCbCr or grey without any fault: what a faulty file is, Pillow says."""
+    orientation = _orientation(opened)
+    turned = orientation in (5, 6, 7, 8)
+    width, height = opened.size[::-1] if turned else opened.size
+    size, interpolation, fill = _plan((height, width), preprocess)
+    if size[0] * size[1] > MAX_RESIZED_PIXELS:
+        return None
+    lying = size[::-1] if turned else size
+    reduction = _reduction(opened.size[::-1], lying)
+    pixels = _turbo_pixels(image, opened, reduction)
+    if pixels is None:
+        return None
+    true_size = opened.height / reduction, opened.width / reduction
+    fitted = _turned(_torch_resized(pixels, true_size, lying, interpolation), orientation)
+    return Decoded(_centre(fitted, (preprocess.height, preprocess.width), fill), width, height)
+
+
+def _reduction(size: tuple[int, int], resized: tuple[int, int]) -> int:
+    """By how much to reduce an image while decoding it: it stays at least twice as large as it will be."""
+    if size[0] * size[1] < _REDUCED_FROM_PIXELS:
+        return 1
+    return next((by for by in (8, 4, 2) if all(n >= 2 * by * m for n, m in zip(size, resized, strict=True))), 1)
+
+
+def _turbo_pixels(image: bytes, opened: ImageFile, reduction: int) -> npt.NDArray[np.uint8] | None:
+    """Pixels as stored, [ceil(height / reduction), ceil(width / reduction), 3, or 1 of grey]; None where anything is
+    odd: libjpeg's warnings count, and so does a header that Pillow reads in another way."""
+    in_file, wanted = _COLOURS.get(opened.mode, ("", ""))
+    rows, columns = (-(-n // reduction) for n in (opened.height, opened.width))
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+        if (width, height, colours) != (*opened.size, in_file):
+            return None
+        pixels = simplejpeg.decode_jpeg(image, wanted, min_height=rows, min_width=columns, min_factor=2)
+    except (ValueError, KeyError):  # KeyError: a subsampling without a name
+        return None
+    return pixels if pixels.shape[:2] == (rows, columns) else None
+
+
+def _torch_resized(
+    pixels: npt.NDArray[np.uint8], true_size: tuple[float, float], size: tuple[int, int], interpolation: str
+) -> npt.NDArray[np.uint8]:
+    """The pixels at (height, width); `true_size` is what their image measures, in pixels.
+
+    A reduced image ends within its last row and column. Stretching these to the edge as if they were whole would move
+    the picture: up to 29 grey levels at 3,999 × 3,001 pixels.
+    """
+    if true_size == size:
+        return pixels
+    import torch  # seconds, so only where the first JPEG comes
+
+    # Both sizes cannot be named; 1e-9 keeps the product from falling just below the whole number it is cut to.
+    scales = [wanted / there * (1 + 1e-9) for wanted, there in zip(size, true_size, strict=True)]
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # a view; torch resizes interleaved bytes as they are
+    resized = torch.nn.functional.interpolate(
+        planes,
+        scale_factor=scales,
+        mode="bilinear" if interpolation == "bilinear" else "bicubic",
+        antialias=True,
+        recompute_scale_factor=False,
+    )
+    return cast("npt.NDArray[np.uint8]", resized[0].permute(1, 2, 0).numpy())
+
+
+_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}  # rows, columns
+
+
+def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """A view of the pixels as their EXIF orientation wants them: mirrored, then transposed."""
+    rows, columns = _FLIPS.get(orientation, (1, 1))
+    flipped = pixels[::rows, ::columns]
+    return flipped.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else flipped
+
+
+def _centre(pixels: npt.NDArray[np.uint8], target: tuple[int, int], fill: int) -> npt.NDArray[np.uint8]:
+    """A copy of the pixels' centre at (height, width) in RGB, padded with `fill` as `_center_crop_or_pad` does it."""
+    canvas = np.full((*target, 3), fill, np.uint8)
+    (to_y, from_y), (to_x, from_x) = map(_overlap, pixels.shape, target)
+    canvas[to_y, to_x] = pixels[from_y, from_x]  # grey goes to every channel
+    return canvas
+
+
+def _overlap(there: int, wanted: int) -> tuple[slice, slice]:
+    """Where in `wanted` pixels the centre goes, and which of those that are `there` it is."""
+    if there < wanted:
+        before = (wanted - there) // 2
+        return slice(before, before + there), slice(there)
+    first = round((there - wanted) / 2)
+    return slice(wanted), slice(first, first + wanted)

@@ -1,6 +1,7 @@
 """One unit of work, from shard to manifest record: read, decode, embed, fuse, write.
 
-Bytes and pixels never leave this module's loop; memory is bounded by a window of samples, not by the shard.
+Bytes and pixels never leave this module's loop; memory is bounded by a window of samples, not by the shard. Units side
+by side, each in one thread, are how a CPU is kept busy; in front of a GPU, threads decode ahead of the forward.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,8 +26,12 @@ from schemas.feature_table import ManifestRecord, Part, TableSpec, features_sche
 from schemas.samples import DeadLetter, Sample, Unit
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
-_WINDOW_ROWS = 4096  # rows kept waiting, at most, until a forward batch is full
+_WINDOW_ROWS = 1024  # captions are sorted by length within a window
+_WINDOW_BYTES = 64 << 20  # of encoded images
+_KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
+_DECODE_THREADS = 8  # ahead of a GPU
 
 
 class InputChanged(RuntimeError):
@@ -51,7 +57,7 @@ def run_unit(
 ) -> ManifestRecord:
     """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples.
 
-    Rows of the unit's earlier part with the same image bytes or the same caption keep their vectors. Raises
+    Equal images and equal captions are embedded once; those of the unit's earlier part keep their vectors. Raises
     InputChanged when the shard is not what was planned, OSError when it cannot be read or the part not be written.
     """
     clock = Clock()
@@ -59,14 +65,14 @@ def run_unit(
     check_identity(work.unit)
     known = earlier_vectors(output, spec, work.previous)
     with table.UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
-        for window in windows(clock.each("read", readers.read(work.unit, spec.input)), batch):
-            rows, letters = decode(window, spec, known, clock)
-            if rows:
-                embedded = embed(rows, towers, known, batch, clock)
-                with clock("write"):
-                    writer.write(features(work.unit, rows, *embedded, spec, clock))
-            writer.reject(letters)
-            done(len(window))
+        for window in windows(clock.each("read", readers.read(work.unit, spec.input))):
+            rows, letters = embed_images(window, spec, towers, known, batch, clock, done)
+            embed_texts(rows, towers, known, batch, clock)
+            with clock("fuse"):
+                table_rows = features(work.unit, rows, spec)
+            with clock("write"):
+                writer.write(table_rows)
+                writer.reject(letters)
         check_identity(work.unit)
         with clock("write"):
             return writer.commit(
@@ -84,21 +90,16 @@ def check_identity(unit: Unit) -> None:
         raise InputChanged(f"{unit.shard} changed while the job ran ({unit.identity} -> {now}): run the command again")
 
 
-# --- windows --------------------------------------------------------------------------------------------------------
-
-
-def windows(stream: Iterable[Sample | DeadLetter], batch: int) -> Iterator[list[Sample | DeadLetter]]:
-    """Consecutive items, cut so that a window fills one forward batch of images, or of captions if these are more."""
+def windows(stream: Iterable[Sample | DeadLetter]) -> Iterator[list[Sample | DeadLetter]]:
+    """Consecutive items: at most 1024, or what holds 64 MiB of encoded images."""
     window: list[Sample | DeadLetter] = []
-    n_images = n_texts = 0
+    size_bytes = 0
     for item in stream:
         window.append(item)
-        if isinstance(item, Sample):
-            n_images += item.image is not None
-            n_texts += item.caption is not None
-        if max(n_images, n_texts) >= batch or len(window) >= _WINDOW_ROWS:
+        size_bytes += len(item.image or b"") if isinstance(item, Sample) else 0
+        if len(window) >= _WINDOW_ROWS or size_bytes >= _WINDOW_BYTES:
             yield window
-            window, n_images, n_texts = [], 0, 0
+            window, size_bytes = [], 0
     if window:
         yield window
 
@@ -106,30 +107,39 @@ def windows(stream: Iterable[Sample | DeadLetter], batch: int) -> Iterator[list[
 # --- what is known already ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class KnownVectors:
-    """Vectors of the unit's earlier part, by the SHA-256 of the image and by the caption."""
+@dataclass(slots=True)
+class KnownImage:
+    """An image that was seen before: its size as decoded, and its vector, float16 [D], once it is embedded."""
 
-    images: dict[bytes, tuple[np.ndarray, int, int]] = field(default_factory=dict)  # vector, width, height
-    texts: dict[str, np.ndarray] = field(default_factory=dict)
+    width: int
+    height: int
+    vector: np.ndarray | None = None
+
+
+@dataclass
+class Known:
+    """What needs no forward any more: images by SHA-256 and captions, of this unit and its earlier part."""
+
+    images: dict[bytes, KnownImage] = field(default_factory=dict)
+    texts: dict[str, np.ndarray] = field(default_factory=dict)  # float16 [D]
     rows_reused: int = 0
 
 
-def earlier_vectors(output: str, spec: TableSpec, previous: ManifestRecord | None) -> KnownVectors:
-    """The vectors of the unit's earlier part; none where there is none or it is not what its record says."""
-    known = KnownVectors()
+def earlier_vectors(output: str, spec: TableSpec, previous: ManifestRecord | None) -> Known:
+    """What the unit's earlier part knows; nothing where there is none or it is not what its record says."""
+    known = Known()
     part = previous.features if previous and previous.spec_fingerprint == spec.fingerprint else None
     if part is None or not _is_whole(output, part):
         return known
-    rows = table.Table(output, spec, ()).read_part(part)
+    rows = table.Table(output, spec, ()).read_part(part).slice(0, _KNOWN_LIMIT)
     image, text = (table.to_numpy(rows[name].combine_chunks()) for name in ("image_embedding", "text_embedding"))
     digests, captions = rows["sha256"].to_pylist(), rows["caption"].to_pylist()
     sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
     for row, (digest, caption, (width, height)) in enumerate(zip(digests, captions, sizes, strict=True)):
         if digest is not None:
-            known.images[digest] = (image[row].astype(np.float32), width, height)
+            known.images[digest] = KnownImage(width, height, image[row])
         if has_words(caption):
-            known.texts[caption] = text[row].astype(np.float32)
+            known.texts[caption] = text[row]
     return known
 
 
@@ -138,75 +148,114 @@ def _is_whole(output: str, part: Part) -> bool:
     return files.stat(place) is not None and files.sha256(place) == part.sha256
 
 
-# --- decode ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Row:
-    """A sample on its way into the table: decoded, or with the vector that is known for its image."""
+    """A sample on its way into the table."""
 
     sample: Sample
     sha256: bytes | None = None
-    width: int | None = None
-    height: int | None = None
-    pixels: np.ndarray | None = None  # uint8 [H, W, 3]; None where there is no image or its vector is known
+    image: KnownImage | None = None
+    text: np.ndarray | None = None  # float16 [D]
+    pixels: np.ndarray | None = None  # uint8 [H, W, 3], while the image waits for its forward
+    is_new: bool = False  # something had to be embedded for it
+
+
+def embed_images(
+    window: Sequence[Sample | DeadLetter],
+    spec: TableSpec,
+    towers: Towers,
+    known: Known,
+    batch: int,
+    clock: "Clock",
+    done: Callable[[int], None],
+) -> tuple[list[Row], list[DeadLetter]]:
+    """The window's rows, their images embedded, and its dead letters: those that came and those that do not decode.
+
+    Every forward has `batch` rows, so that neither a broken neighbour nor a later retry changes a bit of a vector.
+    """
+    rows, letters, waiting, told = list[Row](), list[DeadLetter](), list[Row](), 0
+    for item in clock.each("decode", decode(window, spec, known, ahead=towers.device != "cpu")):
+        if isinstance(item, DeadLetter):
+            letters.append(item)
+            continue
+        rows.append(item)
+        if item.pixels is not None:
+            waiting.append(item)
+        if len(waiting) == batch:
+            _forward(waiting, towers, batch, clock)
+            waiting = []
+            done(len(rows) + len(letters) - told)
+            told = len(rows) + len(letters)
+    _forward(waiting, towers, batch, clock)
+    done(len(window) - told)
+    return rows, letters
 
 
 def decode(
-    window: Sequence[Sample | DeadLetter], spec: TableSpec, known: KnownVectors, clock: "Clock"
-) -> tuple[list[Row], list[DeadLetter]]:
-    """The window's rows with their pixels, and its dead letters: those that came and those that do not decode."""
-    with clock("decode"):
-        found = [item if isinstance(item, DeadLetter) else _decode_one(item, spec, known) for item in window]
-    return [row for row in found if isinstance(row, Row)], [item for item in found if isinstance(item, DeadLetter)]
+    window: Sequence[Sample | DeadLetter], spec: TableSpec, known: Known, ahead: bool
+) -> Iterator[Row | DeadLetter]:
+    """The window's items in order, decoded; in threads ahead of the caller where the forward leaves the CPU idle."""
+
+    def decode_one(item: Sample | DeadLetter) -> Row | DeadLetter:
+        return item if isinstance(item, DeadLetter) else _decode_one(item, spec, known)
+
+    return in_threads(decode_one, window) if ahead else map(decode_one, window)
 
 
-def _decode_one(sample: Sample, spec: TableSpec, known: KnownVectors) -> Row | DeadLetter:
+def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLetter:
     if sample.image is None:
         return Row(sample)
     digest = hashlib.sha256(sample.image).digest()
     if digest in known.images:
-        _, width, height = known.images[digest]
-        return Row(sample, digest, width, height)
+        return Row(sample, digest, known.images[digest])
     try:
         decoded = images.decode(sample.image, spec.tower.preprocess, spec.input.max_pixels)
     except images.BadImage as bad:
         return DeadLetter(sample.key, sample.row, "decode", bad.error, str(bad), sample.offset)
-    return Row(sample, digest, decoded.width, decoded.height, decoded.pixels)
+    image = KnownImage(decoded.width, decoded.height)
+    if len(known.images) < _KNOWN_LIMIT:
+        image = known.images.setdefault(digest, image)
+    return Row(sample, digest, image, pixels=decoded.pixels, is_new=True)
 
 
-# --- embed ----------------------------------------------------------------------------------------------------------
-
-
-def embed(
-    rows: Sequence[Row], towers: Towers, known: KnownVectors, batch: int, clock: "Clock"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text vectors of the rows, float16 [n, D] each, zeros where the modality is absent.
-
-    Every forward has `batch` rows, so that neither a broken neighbour nor a later retry changes a bit of a vector.
-    """
-    image = np.zeros((len(rows), towers.spec.embedding_dim), np.float16)
-    text = np.zeros_like(image)
-    to_do_images, to_do_texts = [], []
-    for i, row in enumerate(rows):
-        if row.pixels is not None:
-            to_do_images.append(i)
-        elif row.sha256 is not None:
-            image[i] = known.images[row.sha256][0]
-        if has_words(row.sample.caption):
-            if row.sample.caption in known.texts:
-                text[i] = known.texts[row.sample.caption]
-            else:
-                to_do_texts.append(i)
-    known.rows_reused += len(rows) - len({*to_do_images, *to_do_texts})
+def _forward(waiting: Sequence[Row], towers: Towers, batch: int, clock: "Clock") -> None:
+    if not waiting:
+        return
     with clock("embed_image"):
-        for some in chunks(to_do_images, batch):
-            pixels = np.stack([rows[i].pixels for i in some])  # type: ignore[misc]
-            image[some] = towers.embed_images(pixels, pad_to=batch)
+        vectors = towers.embed_images(np.stack([row.pixels for row in waiting if row.pixels is not None]), batch)
+    for row, vector in zip(waiting, vectors.astype(np.float16), strict=True):
+        assert row.image is not None
+        row.image.vector, row.pixels = vector, None
+
+
+def in_threads(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+    """The function's results in order, computed by threads that run ahead of the caller."""
+    with ThreadPoolExecutor(_DECODE_THREADS, "fusion-decode") as pool:
+        yield from pool.map(function, items)
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def embed_texts(rows: Sequence[Row], towers: Towers, known: Known, batch: int, clock: "Clock") -> None:
+    """Gives the rows with a caption their text vectors."""
+    captions = dict.fromkeys(row.sample.caption or "" for row in rows if has_words(row.sample.caption))
+    new = [caption for caption in captions if caption not in known.texts]
     with clock("embed_text"):
-        for some in chunks(to_do_texts, batch):
-            text[some] = towers.embed_texts([rows[i].sample.caption or "" for i in some], pad_to=batch)
-    return image, text
+        embedded = dict(zip(new, towers.embed_texts(new, batch).astype(np.float16), strict=True)) if new else {}
+    first = set(new)
+    for row in rows:
+        caption = row.sample.caption
+        if caption is not None and caption in captions:
+            row.text = known.texts[caption] if caption in known.texts else embedded[caption]
+            row.is_new |= caption in first
+            first.discard(caption)
+    if len(known.texts) < _KNOWN_LIMIT:
+        known.texts.update(embedded)
+    known.rows_reused += sum(not row.is_new for row in rows)
 
 
 def has_words(caption: str | None) -> bool:
@@ -214,39 +263,43 @@ def has_words(caption: str | None) -> bool:
     return caption is not None and not caption.isspace() and caption != ""
 
 
-def chunks(items: list[ItemT], size: int) -> Iterator[list[ItemT]]:
-    """Consecutive slices of at most `size` items."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
 # --- features -------------------------------------------------------------------------------------------------------
 
 
-def features(
-    unit: Unit, rows: Sequence[Row], image: np.ndarray, text: np.ndarray, spec: TableSpec, clock: "Clock"
-) -> pa.RecordBatch:
+def features(unit: Unit, rows: Sequence[Row], spec: TableSpec) -> pa.RecordBatch:
     """The rows as the table holds them. What is derived is derived from the stored float16 vectors."""
-    schema = features_schema(spec)
+    schema, dim = features_schema(spec), spec.tower.embedding_dim
     samples = [row.sample for row in rows]
-    has_image = np.array([row.sha256 is not None for row in rows])
-    has_text = np.array([has_words(sample.caption) for sample in samples])
+    has_image = np.array([row.image is not None for row in rows], bool)
+    has_text = np.array([row.text is not None for row in rows], bool)
+    image = _matrix([row.image.vector if row.image else None for row in rows], dim)
+    text = _matrix([row.text for row in rows], dim)
     columns: dict[str, object] = {
         name: [getattr(sample, name) for sample in samples]
         for name in ("key", "row", "offset", "length", "caption", "url", "meta")
     }
-    columns |= {name: [getattr(row, name) for row in rows] for name in ("sha256", "width", "height")}
-    columns |= {"shard": [unit.shard] * len(rows), "has_image": has_image, "has_text": has_text}
+    columns |= {name: [getattr(row.image, name, None) for row in rows] for name in ("width", "height")}
+    columns |= {"shard": [unit.shard] * len(rows), "sha256": [row.sha256 for row in rows]}
+    columns |= {"has_image": has_image, "has_text": has_text}
+    columns["similarity"] = similarity(image, text, has_image & has_text)
     vectors = {"image_embedding": image, "text_embedding": text}
-    with clock("fuse"):
-        columns["similarity"] = similarity(image, text, has_image & has_text)
-        if spec.fuser:
-            fused, _ = fusers.from_spec(spec.fuser).fuse(image, text, has_image, has_text)
-            vectors["fused_embedding"] = fused.astype(np.float16)
+    if spec.fuser:
+        fused, _ = fusers.from_spec(spec.fuser).fuse(image, text, has_image, has_text)
+        vectors["fused_embedding"] = fused.astype(np.float16)
     columns |= {name: table.to_arrow(matrix, schema.field(name).type) for name, matrix in vectors.items()}
     arrays = [
         value if isinstance(value := columns[item.name], pa.Array) else pa.array(value, item.type) for item in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _matrix(vectors: Sequence[np.ndarray | None], dim: int) -> np.ndarray:
+    """The vectors as float16 [n, D], zeros where there is none."""
+    matrix = np.zeros((len(vectors), dim), np.float16)
+    for row, vector in enumerate(vectors):
+        if vector is not None:
+            matrix[row] = vector
+    return matrix
 
 
 def similarity(image: np.ndarray, text: np.ndarray, both: np.ndarray) -> pa.Array:

@@ -96,7 +96,7 @@ class ManifestRecord:
     revision: int = 0
     removed: bool = False  # the unit is no part of its shard's plan any more; its parts are gone
     repeated_keys: int = 0  # rows whose key stands earlier in the unit (Parquet and listings, where that is legal)
-    rows_reused: int = 0  # rows whose vectors were taken over from the unit's earlier part
+    rows_reused: int = 0  # rows that needed no forward: known from the earlier part, or equal to a row before
     errors: dict[str, int] = field(default_factory=dict)  # dead letters by error
     seconds: dict[str, float] = field(default_factory=dict)  # by stage; "unit" is the whole
     versions: dict[str, str] = field(default_factory=dict)

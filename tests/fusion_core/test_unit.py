@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -184,14 +186,51 @@ items = st.builds(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(items, max_size=60), st.integers(1, 9))
-def test_windows_cut_the_stream_without_changing_it(stream: list[Sample | DeadLetter], batch: int) -> None:
-    found = list(unit.windows(stream, batch))
+@given(st.lists(items, max_size=60), st.integers(1, 9), st.integers(1, 5))
+def test_windows_cut_the_stream_without_changing_it(
+    stream: list[Sample | DeadLetter], rows: int, size_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "_WINDOW_ROWS", rows)
+        patch.setattr(unit, "_WINDOW_BYTES", size_bytes)
+        found = list(unit.windows(stream))
     assert [item for window in found for item in window] == stream
     for window in found:
-        assert window
-        samples = [item for item in window if isinstance(item, Sample)]
-        assert max(sum(s.image is not None for s in samples), sum(s.caption is not None for s in samples)) <= batch
+        assert 1 <= len(window) <= rows
+        assert sum(len(item.image or b"") for item in window[:-1] if isinstance(item, Sample)) < size_bytes
+
+
+def test_equal_images_and_captions_are_embedded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"embed_images": 0, "embed_texts": 0}
+    for name in counts:
+        encode = getattr(MODEL, name)
+
+        def count(rows: Sequence[object], pad_to: int, name: str = name, encode: Any = encode) -> np.ndarray:
+            counts[name] += len(rows)
+            return encode(rows, pad_to)
+
+        monkeypatch.setattr(MODEL, name, count)
+    monkeypatch.setattr(unit, "_WINDOW_ROWS", 16)
+    members = []
+    for i in range(50):
+        members += [(f"{i:03d}.jpg", photo(i % 7)), (f"{i:03d}.txt", f"caption {i % 5}".encode())]
+    record = embed(write_tar(tmp_path / "a.tar", members), tmp_path / "table")
+    assert counts == {"embed_images": 7, "embed_texts": 5}
+    assert (record.rows_out, record.rows_reused) == (50, 43)
+    rows = rows_of(tmp_path / "table")
+    vectors = table.to_numpy(rows["image_embedding"].combine_chunks())
+    np.testing.assert_array_equal(vectors[:7], vectors[7:14])
+    assert table.verify(str(tmp_path / "table")) == []
+
+
+def test_decoding_ahead_in_threads_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = demo_shards.write_shards(tmp_path, 200, 200, seed=5)
+    embed(shard, tmp_path / "table")
+    monkeypatch.setattr(unit, "map", lambda function, items: unit.in_threads(function, items), raising=False)
+    embed(shard, tmp_path / "ahead")
+    assert rows_of(tmp_path / "table").equals(rows_of(tmp_path / "ahead"))
+    dead = [table.Table.open(str(tmp_path / name)).dead_letters() for name in ("table", "ahead")]
+    assert dead[0].equals(dead[1]) and dead[0].num_rows == len(demo_shards.BROKEN)
 
 
 def test_the_record_says_what_it_cost_and_what_made_it(tmp_path: Path) -> None:
