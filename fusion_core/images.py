@@ -387,13 +387,13 @@ def _plain_jpeg(image: bytes, opened: ImageFile, preprocess: "Preprocess") -> De
     size, interpolation, fill = _plan((height, width), preprocess)
     if size[0] * size[1] > MAX_RESIZED_PIXELS:
         return None
-    lying = size[::-1] if turned else size
-    reduction = _reduction(opened.size[::-1], lying)
+    reduction = _reduction((height, width), size)
     pixels = _turbo_pixels(image, opened, reduction)
     if pixels is None:
         return None
-    true_size = opened.height / reduction, opened.width / reduction
-    fitted = _turned(_torch_resized(pixels, true_size, lying, interpolation), orientation)
+    # Turned before it is resized: torch resizes the rows first, as Pillow does, and what overshoots is cut in between.
+    upright = _turned(pixels, orientation)
+    fitted = _torch_resized(upright, (height / reduction, width / reduction), size, interpolation)
     return Decoded(_centre(fitted, (preprocess.height, preprocess.width), fill), width, height)
 
 
@@ -448,10 +448,13 @@ _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -
 
 
 def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """A view of the pixels as their EXIF orientation wants them: mirrored, then transposed."""
+    """The pixels as their EXIF orientation wants them: mirrored, then transposed."""
+    if orientation not in _TRANSPOSES:
+        return pixels
     rows, columns = _FLIPS.get(orientation, (1, 1))
-    flipped = pixels[::rows, ::columns]
-    return flipped.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else flipped
+    whole = pixels.view(f"V{pixels.shape[2]}")[::rows, ::columns, 0]  # numpy moves whole pixels twice as fast as bytes
+    upright = np.ascontiguousarray(whole.T if orientation in (5, 6, 7, 8) else whole)
+    return upright.view(np.uint8).reshape(*upright.shape, pixels.shape[2])
 
 
 def _centre(pixels: npt.NDArray[np.uint8], target: tuple[int, int], fill: int) -> npt.NDArray[np.uint8]:

@@ -160,7 +160,7 @@ def _read_records(place: str) -> tuple[str, list[ManifestRecord] | None]:
             msgspec.json.decode(data)  # tells damage from another version
             return place, [records.from_json(ManifestRecord, data, place)]
         blobs = pq.read_table(pa.BufferReader(data), columns=["record"])["record"]
-        return place, [records.from_json(ManifestRecord, blob.as_py(), place) for blob in blobs]
+        return place, [records.from_json(ManifestRecord, blob, place) for blob in blobs.to_pylist()]
     except (msgspec.DecodeError, pa.ArrowException, OSError):
         return place, None
 

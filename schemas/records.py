@@ -5,7 +5,8 @@ does not know are ignored, fields that came with a later minor have defaults. An
 """
 
 import hashlib
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -27,18 +28,34 @@ def to_json(record: Any, indent: int = 0) -> bytes:
 def from_json(kind: type[RecordT], data: bytes, where: str) -> RecordT:
     """The record in `data`; raises SchemaMismatch naming `where` when it is another version or not such a record."""
     try:
+        record: RecordT = _decoder(cast(Any, kind)).decode(data)
+    except msgspec.DecodeError as error:
+        _check_version(data, where)
+        raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
+    if not _is_readable(getattr(record, "schema_version", "")):
+        _check_version(data, where)
+    return record
+
+
+@cache
+def _decoder(kind: type[Any]) -> Any:
+    return msgspec.json.Decoder(kind)
+
+
+def _is_readable(version: str) -> bool:
+    return version.partition(".")[0] == VERSION.partition(".")[0]
+
+
+def _check_version(data: bytes, where: str) -> None:
+    try:
         version = msgspec.json.decode(data, type=_Versioned).schema_version
     except msgspec.DecodeError as error:
-        raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
-    if version.partition(".")[0] != VERSION.partition(".")[0]:
+        raise SchemaMismatch(f"{where} is no record of ours: {error}") from error
+    if not _is_readable(version):
         raise SchemaMismatch(
             f"{where} has schema version {version!r}; this release reads {VERSION.partition('.')[0]}.x: "
             "use the release that wrote it, or write it anew"
         )
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
 
 
 def fingerprint(record: Any) -> str:
