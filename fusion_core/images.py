@@ -385,7 +385,8 @@ def _plain_jpeg(image: bytes, opened: ImageFile, preprocess: "Preprocess") -> De
     turned = orientation in (5, 6, 7, 8)
     width, height = opened.size[::-1] if turned else opened.size
     size, interpolation, fill = _plan((height, width), preprocess)
-    if size[0] * size[1] > MAX_RESIZED_PIXELS:
+    # Without AVX2 torch 2.15 resizes to one column wrongly, by up to 137 grey levels.
+    if min(size) < 2 or size[0] * size[1] > MAX_RESIZED_PIXELS:
         return None
     reduction = _reduction((height, width), size)
     pixels = _turbo_pixels(image, opened, reduction)

@@ -5,12 +5,11 @@ dies half-way leaves at most files that no record names, and repeating a unit is
 """
 
 import contextlib
-import gc
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import msgspec
@@ -141,7 +140,7 @@ def _manifest_files(place: str) -> list[files.Entry]:
 def _read_listing(entries: Iterable[files.Entry]) -> Manifest:
     by_unit: dict[str, ManifestRecord] = {}
     damaged = []
-    with _without_garbage_collection(), ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         for place, found in pool.map(_read_records, (entry.place for entry in entries)):
             if found is None:
                 damaged.append(place)
@@ -151,18 +150,6 @@ def _read_listing(entries: Iterable[files.Entry]) -> Manifest:
                 if known is None or record.revision >= known.revision:
                     by_unit[record.unit.id] = record
     return Manifest(by_unit, tuple(damaged))
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Many records are made and none is garbage: looking for some takes three times as long as reading them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _read_records(place: str) -> tuple[str, list[ManifestRecord] | None]:
@@ -355,7 +342,7 @@ def write_record(place: str, record: ManifestRecord) -> None:
 
 def remove_unit(place: str, record: ManifestRecord) -> None:
     """Takes a unit out of the table, record first."""
-    gone = replace(
+    gone = msgspec.structs.replace(
         record, revision=record.revision + 1, removed=True, features=None, dead_letters=None, rows_in=0, rows_out=0,
         rows_dead=0,
     )  # fmt: skip

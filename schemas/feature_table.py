@@ -1,8 +1,9 @@
 """The feature table's contract: its spec (table.json), the Arrow schema of its parts, and its manifest records."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
 import pyarrow as pa
 
 from schemas import records
@@ -72,8 +73,7 @@ class TableSpec:
         return records.fingerprint(self.decisive)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True, gc=False):
     """One Parquet file of a table, by its path below the table."""
 
     path: str
@@ -82,9 +82,11 @@ class Part:
     sha256: str
 
 
-@dataclass(frozen=True)
-class ManifestRecord:
-    """One unit, committed: what was read, what came out, and what it cost. The highest revision of a unit counts."""
+class ManifestRecord(msgspec.Struct, frozen=True, gc=False):
+    """One unit, committed: what was read, what came out, and what it cost. The highest revision of a unit counts.
+
+    This and what it holds are structs that the garbage collector does not look at: a table may have a million.
+    """
 
     unit: Unit
     spec_fingerprint: str
@@ -97,9 +99,9 @@ class ManifestRecord:
     removed: bool = False  # the unit is no part of its shard's plan any more; its parts are gone
     repeated_keys: int = 0  # rows whose key stands earlier in the unit (Parquet and listings, where that is legal)
     rows_reused: int = 0  # rows that needed no forward: known from the earlier part, or equal to a row before
-    errors: dict[str, int] = field(default_factory=dict)  # dead letters by error
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage; "unit" is the whole
-    versions: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, int] = {}  # dead letters by error
+    seconds: dict[str, float] = {}  # by stage; "unit" is the whole
+    versions: dict[str, str] = {}
     finished_at: str = ""  # UTC, ISO 8601
     schema_version: str = records.VERSION
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import pyarrow as pa
 
 Layout = Literal["tar", "parquet", "folder", "listing"]
 
 
-@dataclass(frozen=True)
-class InputIdentity:
+class InputIdentity(msgspec.Struct, frozen=True, gc=False):
     """What tells whether a unit's input is still what it was when its part was written."""
 
     size_bytes: int
@@ -17,8 +17,7 @@ class InputIdentity:
     checksum: str = ""  # of the listing's slice, where a unit covers many files
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(msgspec.Struct, frozen=True, gc=False):
     """A stable range of one shard: the atom of work, of commit and of resume.
 
     `start` and `stop` count row groups in a Parquet shard, rows in a listing, sorted samples in a folder, and are 0 for

@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -165,7 +166,7 @@ def test_readers_see_whole_tables_while_records_are_compacted(tmp_path: Path) ->
     def churn() -> None:
         for i in range(40):
             record = table.read_manifest(str(tmp_path)).by_unit[f"u{i % 30}-1"]
-            table.write_record(str(tmp_path), dataclasses.replace(record, revision=record.revision + 1))
+            table.write_record(str(tmp_path), msgspec.structs.replace(record, revision=record.revision + 1))
             table.compact(str(tmp_path))
         ended.set()
 

@@ -1,0 +1,65 @@
+"""Runs an installed clip-retrieval on local weights; called by peer.py with the Python that has it.
+
+    peer_runner.py MODEL WEIGHTS SHARDS OUTPUT BATCH READERS
+
+WEIGHTS is a weights file, which `clip inference` takes as it is, or the folder of fusion-demo, for which one loader is
+added: its configuration file carries a preprocessing and a vocabulary that clip-retrieval has no option for.
+"""
+
+import glob
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_STARTED = time.perf_counter()
+
+
+def load_folder(folder: str, use_jit: bool, device: str, cache: str | None) -> tuple[Any, Any, Any]:
+    """(model, transform, tokenizer) of a folder with open_clip_config.json, in the form that clip-retrieval wants."""
+    import open_clip
+    from all_clip.open_clip import OpenClipWrapper
+
+    place, weights = Path(folder), next(Path(folder).glob("*.safetensors"))
+    config = json.loads((place / "open_clip_config.json").read_text())
+    text = config["model_cfg"]["text_cfg"]
+    open_clip.factory._MODEL_CONFIGS["bench-folder"] = config["model_cfg"]
+    model = open_clip.create_model("bench-folder", pretrained=str(weights), device=device, jit=use_jit, cache_dir=cache)
+    model.eval()
+    preprocess = {"size": config["model_cfg"]["vision_cfg"]["image_size"], **config["preprocess_cfg"]}
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
+    vocabulary = next(iter(glob.glob(f"{folder}/*bpe*.txt.gz")))
+    tokenizer = open_clip.SimpleTokenizer(bpe_path=vocabulary, context_length=text["context_length"])
+    return OpenClipWrapper(inner_model=model, device=device), transform, tokenizer
+
+
+def main() -> None:
+    """Runs `clip inference` and prints what it cost as JSON."""
+    name, weights, shards, output, batch, readers = sys.argv[1:]
+    import all_clip.main
+    from clip_retrieval.clip_inference.main import main as clip_inference
+
+    model = f"open_clip:{name}/{weights}"
+    if Path(weights).is_dir():
+        all_clip.main._CLIP_REGISTRY = {"folder:": load_folder, **all_clip.main._CLIP_REGISTRY}
+        model = f"folder:{weights}"
+    clip_inference(
+        shards,
+        output,
+        input_format="webdataset",
+        batch_size=int(batch),
+        num_prepro_workers=int(readers),
+        clip_model=model,
+    )
+    whole = time.perf_counter() - _STARTED
+    stats = [json.loads(Path(path).read_text()) for path in glob.glob(f"{output}/stats/[0-9]*.json")]
+    loop = sum(item["total_duration"] for item in stats)
+    samples = sum(item["sample_count"] for item in stats)
+    parts = {f"{part}_seconds": sum(item[f"{part}_duration"] for item in stats) for part in ("read", "inference", "write")}
+    print()
+    print(json.dumps({"samples": samples, "loop_seconds": loop, "other_seconds": whole - loop, **parts}))
+
+
+if __name__ == "__main__":
+    main()
