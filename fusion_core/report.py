@@ -104,10 +104,7 @@ def _describe_index(index: IndexRecord) -> dict[str, Any]:
 
 
 def _stages(table: Table) -> list[dict[str, Any]]:
-    seconds: dict[str, float] = {}
-    for record in table.records:
-        for stage, spent in record.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + spent
+    seconds = table.seconds
     seconds.pop("unit", None)
     total = sum(seconds.values()) or 1.0
     samples = sum(record.rows_in for record in table.records)
@@ -118,14 +115,7 @@ def _stages(table: Table) -> list[dict[str, Any]]:
 
 
 def _errors(table: Table) -> list[dict[str, Any]]:
-    counts: dict[str, int] = {}
-    for record in table.records:
-        for error, count in record.errors.items():
-            counts[error] = counts.get(error, 0) + count
-    return [
-        {"name": error, "count": count, "meaning": ERRORS.get(error, "")}
-        for error, count in sorted(counts.items(), key=lambda item: -item[1])
-    ]
+    return [{"name": error, "count": count, "meaning": ERRORS.get(error, "")} for error, count in table.errors.items()]
 
 
 def _letters(table: Table) -> list[dict[str, Any]]:

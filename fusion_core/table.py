@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ from schemas import records
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, RunRecord, TableSpec, features_schema
 from schemas.records import SchemaMismatch
 from schemas.samples import DEAD_LETTERS, DeadLetter, Unit
+
+NumberT = TypeVar("NumberT", int, float)
 
 ROW_GROUP_ROWS = 8192
 _SNAPSHOT = pa.schema([("unit", pa.string()), ("record", pa.binary())])
@@ -420,6 +422,16 @@ class Table:
         return sum(part.rows for part in self.parts)
 
     @property
+    def errors(self) -> dict[str, int]:
+        """How many dead letters there are of each error, the most first."""
+        return dict(sorted(_sums(record.errors for record in self.records).items(), key=lambda item: -item[1]))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the rows cost, by stage, all workers together."""
+        return _sums(record.seconds for record in self.records)
+
+    @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of the feature rows."""
         return features_schema(self.spec)
@@ -506,6 +518,14 @@ class Table:
             table = source.read_row_groups(groups.tolist(), columns=columns)
             shift = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
             return table.take(pa.array(rows % ROW_GROUP_ROWS + shift))
+
+
+def _sums(found: Iterable[dict[str, NumberT]]) -> dict[str, NumberT]:
+    sums: dict[str, NumberT] = {}
+    for counts in found:
+        for name, value in counts.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
 def to_numpy(column: pa.Array) -> np.ndarray:

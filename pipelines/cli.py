@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipelines import options
 
@@ -80,19 +80,21 @@ def _quieten() -> None:
 
 
 def _embed(args: argparse.Namespace, rest: list[str]) -> int:
-    from fusion_core import files, fusers, shards, table, towers
-    from pipelines import embed, plan
+    from fusion_core import files, fusers, shards, table
     from schemas.feature_table import InputSpec, TableSpec
 
     if not 0 <= args.shard_index < args.num_shards:
         raise shards.InputError(
             f"--shard-index {args.shard_index} is not one of 0…{args.num_shards - 1} (--num-shards)"
         )
-    embed.check_beam_options(rest, vars(args))
     output = files.absolute(args.output)
-    columns = {name: getattr(args, name) for name in InputSpec.__dataclass_fields__}
-    inputs = InputSpec(**columns)
-    next(iter(shards.plan(args.input, inputs)))  # nothing to read is said before the slow imports
+    inputs = InputSpec(**{name: getattr(args, name) for name in InputSpec.__dataclass_fields__})
+    next(iter(shards.plan(args.input, inputs)))  # that there is nothing to read is said before the slow imports
+
+    from fusion_core import towers
+    from pipelines import embed, plan
+
+    embed.check_beam_options(rest, vars(args))
     precision = args.precision
     if precision == "auto" and (existing := table.read_spec(output)):
         precision = existing.tower.precision  # a scheduled run may land on another machine
@@ -140,31 +142,19 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
 
 
 def _summarize(feature_table: "Table", run: "RunRecord") -> None:
-    errors = _errors(feature_table.records)
-    rows_in, rows, dead = sum(r.rows_in for r in feature_table.records), feature_table.num_rows, sum(errors.values())
+    from schemas.samples import ERRORS
+
+    rows_in = sum(record.rows_in for record in feature_table.records)
+    rows, dead = feature_table.num_rows, sum(feature_table.errors.values())
     print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters")
-    for error, count in sorted(errors.items(), key=lambda item: -item[1]):
-        print(f"  {count:>8,} {error}: {_meaning(error)}")
+    for error, count in feature_table.errors.items():
+        print(f"  {count:>8,} {error}: {ERRORS.get(error, '')}")
     repeated = sum(record.repeated_keys for record in feature_table.records)
     if repeated:
         print(f"  {repeated:>8,} rows have a key that stands earlier in their shard (kept: not a tar)")
     print(
         f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed"
     )
-
-
-def _meaning(error: str) -> str:
-    from schemas.samples import ERRORS
-
-    return ERRORS.get(error, "")
-
-
-def _errors(found: Sequence[Any]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in found:
-        for error, count in record.errors.items():
-            counts[error] = counts.get(error, 0) + count
-    return counts
 
 
 def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None) -> int:

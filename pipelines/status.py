@@ -14,13 +14,6 @@ _SILENT_SECONDS = 60.0
 def describe(feature_table: table.Table) -> dict[str, Any]:
     """The table's totals and its latest run, as JSON-able values."""
     records = feature_table.records
-    errors: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    for record in records:
-        for error, count in record.errors.items():
-            errors[error] = errors.get(error, 0) + count
-        for stage, spent in record.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + spent
     runs = table.read_runs(feature_table.place)
     return {
         "table": feature_table.place,
@@ -28,9 +21,9 @@ def describe(feature_table: table.Table) -> dict[str, Any]:
         "units": len(records),
         "samples": sum(record.rows_in for record in records),
         "rows": feature_table.num_rows,
-        "dead_letters": errors,
+        "dead_letters": feature_table.errors,
         "repeated_keys": sum(record.repeated_keys for record in records),
-        "seconds": {stage: round(spent, 3) for stage, spent in sorted(seconds.items())},
+        "seconds": {stage: round(spent, 3) for stage, spent in sorted(feature_table.seconds.items())},
         "run": _describe_run(runs[-1], records) if runs else None,
     }
 
@@ -81,10 +74,7 @@ def text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['table']} ({found['model']})",
         f"  {found['units']:,} units: {found['samples']:,} samples = {found['rows']:,} rows + {dead:,} dead letters",
-        *(
-            f"    {count:,} {error}"
-            for error, count in sorted(found["dead_letters"].items(), key=lambda item: -item[1])
-        ),
+        *(f"    {count:,} {error}" for error, count in found["dead_letters"].items()),
     ]
     if found["repeated_keys"]:
         lines.append(f"  {found['repeated_keys']:,} rows have a key that stands earlier in their shard")
