@@ -103,3 +103,15 @@ def write_unit(
         out.write(toy_batch(rows, spec, unit.shard))
         out.reject(DeadLetter(f"k{row}", row, "decode", "CorruptImage", "broken on purpose") for row in dead)
         return out.commit()
+
+
+def assert_same_rows(found: pa.Table, expected: pa.Table) -> None:
+    """The same rows; their vectors to one step of float16, all else to the bit."""
+    derived = [name for name in ("similarity", *table.EMBEDDINGS) if name in expected.column_names]
+    assert found.drop(derived).equals(expected.drop(derived))
+    for name in derived:
+        a, b = (rows[name].combine_chunks() for rows in (found, expected))
+        if name == "similarity":
+            np.testing.assert_allclose(a.to_numpy(zero_copy_only=False), b.to_numpy(zero_copy_only=False), atol=1e-3)
+        else:
+            np.testing.assert_allclose(table.to_numpy(a), table.to_numpy(b), atol=1e-3)
