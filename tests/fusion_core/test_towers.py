@@ -72,7 +72,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
 
 
-PICTURES = [photo(i, size) for i, size in enumerate([(300, 200), (64, 64), (31, 90), (500, 40), (128, 128)])]
+PICTURES = [
+    photo(i, size, format="PNG") for i, size in enumerate([(300, 200), (64, 64), (31, 90), (500, 40), (128, 128)])
+]
 
 
 @pytest.mark.parametrize("kind", ["vit", "demo"])
