@@ -1,7 +1,21 @@
 """Encoded image bytes → the pixels a tower wants, within limits; whatever is wrong with the bytes becomes a BadImage.
 
-The pixels are bit-equal to those of open_clip's `image_transform(..., is_train=False)` before ToTensor and Normalize:
-the same Pillow operations in the same order, with torchvision's and open_clip's arithmetic. Deliberate differences:
+Except for plain JPEGs, the pixels are bit-equal to those of open_clip's `image_transform(..., is_train=False)` before
+ToTensor and Normalize: the same Pillow operations in the same order, with torchvision's and open_clip's arithmetic.
+
+A JPEG in YCbCr or grey without any fault is decoded by libjpeg-turbo, bit-equal to Pillow, and resized by torch in
+whole numbers, so that neither threads nor the kind of processor change a bit. How far that is from open_clip in grey
+levels:
+
+- Photos: at most 1, below 0.01 in the mean. Noise and cartoon edges: at most 2, up to 0.2 in the mean where a small
+  image is enlarged; up to 5 only where "squash" stretches one side tenfold. Embeddings: cosine above 0.9999999.
+- Photos of half a megapixel and more whose sides are at least four times their size after resizing are reduced by 2, 4
+  or 8 while they are decoded, and stay at least twice that size: at most 5, 0.1 to 0.7 in the mean, with noise of 16
+  levels a pixel 7 and 0.9. Embeddings: cosine above 0.99998, with that noise above 0.9999.
+
+Every other JPEG, and every one whose header or data libjpeg-turbo warns of, goes through Pillow, whose verdict counts.
+
+Deliberate differences from open_clip:
 
 - The EXIF orientation is applied first; the rest is open_clip's transform of `ImageOps.exif_transpose(image)`.
 - 16-bit grey becomes 8-bit by its high byte (12-bit TIFF: by its high 8 bits); Pillow alone would clip it to white.
@@ -392,9 +406,13 @@ def _plain_jpeg(image: bytes, opened: ImageFile, preprocess: "Preprocess") -> De
     pixels = _turbo_pixels(image, opened, reduction)
     if pixels is None:
         return None
-    # Turned before it is resized: torch resizes the rows first, as Pillow does, and what overshoots is cut in between.
-    upright = _turned(pixels, orientation)
-    fitted = _torch_resized(upright, (height / reduction, width / reduction), size, interpolation)
+    if reduction == 1:
+        # Turned first: torch resizes the rows first, as Pillow does, and cuts what overshoots in between.
+        fitted = _torch_resized(_turned(pixels, orientation), (height, width), size, interpolation)
+    else:
+        # Resized first: mirrored, the incomplete last row and column would come first.
+        there = opened.height / reduction, opened.width / reduction
+        fitted = _turned(_torch_resized(pixels, there, size[::-1] if turned else size, interpolation), orientation)
     return Decoded(_centre(fitted, (preprocess.height, preprocess.width), fill), width, height)
 
 
@@ -453,7 +471,8 @@ def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.u
     if orientation not in _TRANSPOSES:
         return pixels
     rows, columns = _FLIPS.get(orientation, (1, 1))
-    whole = pixels.view(f"V{pixels.shape[2]}")[::rows, ::columns, 0]  # numpy moves whole pixels twice as fast as bytes
+    # As whole pixels, which numpy moves twice as fast as bytes; torch gives plane after plane.
+    whole = np.ascontiguousarray(pixels).view(f"V{pixels.shape[2]}")[::rows, ::columns, 0]
     upright = np.ascontiguousarray(whole.T if orientation in (5, 6, 7, 8) else whole)
     return upright.view(np.uint8).reshape(*upright.shape, pixels.shape[2])
 

@@ -341,5 +341,5 @@ class Clock:
 @cache
 def versions() -> dict[str, str]:
     """The versions that made a part."""
-    packages = ("fusion-features", "torch", "open_clip_torch", "pyarrow", "pillow", "numpy")
+    packages = ("fusion-features", "torch", "open_clip_torch", "pyarrow", "pillow", "simplejpeg", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
