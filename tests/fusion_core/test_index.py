@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -451,7 +452,10 @@ def test_a_file_that_is_missing_is_named(built: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: replace(r, vectors=replace(r.vectors, path="../../etc/passwd")), "none of an index.*passwd"),
+        (
+            lambda r: replace(r, vectors=msgspec.structs.replace(r.vectors, path="../../etc/passwd")),
+            "none of an index.*passwd",
+        ),
         (lambda r: replace(r, factory="IVF16,PQ8"), "IVF16,PQ8"),
         (lambda r: replace(r, metric="l2"), "'l2'"),
         (lambda r: replace(r, rows_indexed=10**6), "1000000 indexed of 700"),
