@@ -19,11 +19,12 @@ _STARTED = time.perf_counter()
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
-    """Runs `fusion argv` in a subprocess; returns {exit_code, job_seconds, other_seconds, peak_bytes}."""
+    """Runs `fusion argv` in a subprocess; returns {job_seconds, other_seconds, peak_bytes}."""
     command = [sys.executable, "-W", "ignore", "-m", "infra.bench.job", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        said = done.stdout[-2000:] + done.stderr[-2000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

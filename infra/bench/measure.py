@@ -26,7 +26,7 @@ def arguments(name: str, description: str | None, repeats: int = 3) -> argparse.
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder for {name}.json (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fusion-bench", help="inputs, weights")
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds of each measurement (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds (default: %(default)s)")
     return parser
 
 
@@ -75,8 +75,8 @@ def tell(
     texts = [[_text(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *texts]) for i in range(len(columns))]
     for row in [list(columns), ["-" * width for width in widths], *texts]:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        print("| " + " | ".join(cells) + " |")
+        right = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        print("| " + " | ".join([row[0].ljust(widths[0]), *right]) + " |")
     print(f"({CORES} cores, others busy: {others:.2f} of them)", flush=True)
     found = {
         "benchmark": name,

@@ -29,7 +29,9 @@ from infra.bench.models import Model
 
 # clip-retrieval's own dependency `clip` imports pkg_resources.packaging, which newer setuptools do not have.
 PACKAGES = ("clip-retrieval==2.45.0", "setuptools<70")
-COLUMNS = ("model", "side", "samples", "samples/s in the loop", "start-up s", "fusion ÷ it", "cosine image", "cosine text")
+COLUMNS = (
+    "model", "side", "samples", "loop samples/s", "start-up s", "fusion ÷ it", "cosine image", "cosine text",
+)  # fmt: skip
 
 
 def environment(cache: Path) -> Path:
@@ -43,7 +45,9 @@ def environment(cache: Path) -> Path:
     return python
 
 
-def theirs(python: Path, model: Model, shards: Sequence[Path], output: Path, batch: int, workers: int) -> dict[str, Any]:
+def theirs(
+    python: Path, model: Model, shards: Sequence[Path], output: Path, batch: int, workers: int
+) -> dict[str, Any]:
     """One run of `clip inference`: {samples, loop_seconds, other_seconds}."""
     folder = shards[0].parent
     pattern = f"{folder}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
@@ -52,15 +56,17 @@ def theirs(python: Path, model: Model, shards: Sequence[Path], output: Path, bat
     command = [python, "-P", "-W", "ignore", runner, model.name, weights, pattern, output, str(batch), str(workers)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"clip inference ended with {done.returncode}:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+        said = done.stdout[-1000:] + done.stderr[-3000:]
+        raise RuntimeError(f"clip inference ended with {done.returncode}:\n{said}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def ours(model: Model, precision: str, shards: Sequence[Path], output: Path) -> dict[str, Any]:
     """One run of `fusion embed`: {samples, loop_seconds, other_seconds}."""
+    batch = "16" if model.name == models.VIT else "64"  # see embed.py
     argv = ["embed", "--input", *map(str, shards), "--output", str(output), *model.options, "--precision", precision]
-    cost = job.run([*argv, "--device", "cpu", "--quiet"])
+    cost = job.run([*argv, "--batch", batch, "--device", "cpu", "--quiet"])
     samples = table.Table.open(str(output)).num_rows
     return {"samples": samples, "loop_seconds": cost["job_seconds"], "other_seconds": cost["other_seconds"]}
 
@@ -75,13 +81,15 @@ def cosines(theirs: Path, ours: Path) -> list[float]:
     for column, name in (("image_embedding", "img_emb"), ("text_embedding", "text_emb")):
         here = np.concatenate([matrix for _, matrix, _ in rows.vectors(column)]).astype(np.float32)
         there = np.load(theirs / name / f"{name}_0.npy").astype(np.float32)
-        found.append(float((here[[places[key] for key in known]] * there).sum(axis=1).min()))
-    return [round(value, 5) for value in found]
+        matched = here[[places[key] for key in known]]
+        lengths = np.linalg.norm(matched, axis=1) * np.linalg.norm(there, axis=1)
+        found.append(float(((matched * there).sum(axis=1) / lengths).min()))
+    return [round(value, 6) for value in found]
 
 
 def rows(model: Model, pairs: int, precisions: Sequence[str], args: argparse.Namespace) -> list[list[Any]]:
     """The lines of one model: clip-retrieval as it is by default, as it is best here, and ours by precision."""
-    shards = photos.write_shards(args.cache, "small", pairs, 4)
+    shards = photos.write_shards(args.cache, "small", pairs, 2 if model.name == models.VIT else 4)
     python = environment(args.cache)
     costs: dict[str, list[dict[str, Any]]] = {}
     apart: dict[str, list[float]] = {}

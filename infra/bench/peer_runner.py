@@ -56,7 +56,8 @@ def main() -> None:
     stats = [json.loads(Path(path).read_text()) for path in glob.glob(f"{output}/stats/[0-9]*.json")]
     loop = sum(item["total_duration"] for item in stats)
     samples = sum(item["sample_count"] for item in stats)
-    parts = {f"{part}_seconds": sum(item[f"{part}_duration"] for item in stats) for part in ("read", "inference", "write")}
+    stages = ("read", "inference", "write")
+    parts = {f"{stage}_seconds": sum(item[f"{stage}_duration"] for item in stats) for stage in stages}
     print()
     print(json.dumps({"samples": samples, "loop_seconds": loop, "other_seconds": whole - loop, **parts}))
 

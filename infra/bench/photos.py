@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 _CONTRAST, _COLOUR, _EDGES = 42.0, 11.0, 12  # grey levels, grey levels, shapes in a base picture
-_WORDS = (
-    "a the an of on in with at by near under over beside behind man woman child dog cat horse bird boat car train "
-    "bicycle street house window door table chair tree river mountain beach sky cloud snow rain sun night morning "
-    "evening red blue green yellow white black brown grey small large old young wooden stone metal glass two three "
-    "several many standing sitting walking running holding wearing looking playing riding eating photograph of view "
-    "vintage poster hat coat shirt umbrella bridge tower church garden flower grass field road market kitchen plate "
-    "food fruit bread coffee cup bottle book phone camera sign wall painting statue museum city village harbour"
-).split()
+_WORDS = """
+a the an of on in with at by near under over beside behind man woman child dog cat horse bird boat car train bicycle
+street house window door table chair tree river mountain beach sky cloud snow rain sun night morning evening red blue
+green yellow white black brown grey small large old young wooden stone metal glass two three several many standing
+sitting walking running holding wearing looking playing riding eating photograph of view vintage poster hat coat shirt
+umbrella bridge tower church garden flower grass field road market kitchen plate food fruit bread coffee cup bottle
+book phone camera sign wall painting statue museum city village harbour
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
