@@ -11,7 +11,8 @@ Bare, with the same decode function, the same towers, batch, units and number of
     loop      decode and forward, batch after batch in each thread: the most that cores doing both can give
 
 `÷ lower` is the job's rate by the lower of decode and forward: the target where a device does the forward. On a CPU the
-same cores do both, so `÷ loop` tells what the job itself costs. `fixed s` is the job over one sample a thread.
+same cores do both, so `÷ loop` tells what the job itself costs, and `CPU loop ÷ job` tells it in CPU-seconds, which
+count alike when other processes take cores away. `fixed s` is the job over one sample a thread.
 
 ViT-B-32 has batches of 16, so that the padding of each caption length to whole batches weighs on its small units
 (128 samples) about as batches of 64 weigh on units of 1,000.
@@ -22,7 +23,9 @@ import contextlib
 import io
 import itertools
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ from schemas.feature_table import InputSpec
 
 COLUMNS = (
     "model", "precision", "samples", "batch", "job/s", "decode/s", "forward/s", "loop/s", "÷ lower", "÷ loop",
-    "fixed s",
+    "CPU loop ÷ job", "fixed s",
 )  # fmt: skip
 
 
@@ -110,6 +113,14 @@ def job(paths: Sequence[Path], model: Model, precision: str, samples: int, batch
     return samples / took
 
 
+def count_cpu(case: Callable[[], float], seconds: list[float]) -> float:
+    """What the case returns; the CPU-seconds that it took are appended."""
+    start = time.process_time()
+    result = case()
+    seconds.append(time.process_time() - start)
+    return result
+
+
 def _must(code: int) -> None:
     if code:
         raise RuntimeError(f"fusion embed ended with {code}")
@@ -123,17 +134,17 @@ def row(model: Model, precision: str, pairs: int, batch: int, args: argparse.Nam
     tiny = photos.write_shards(args.cache, "small", measure.CORES, measure.CORES)
     units = load(paths, tower, batch)
     job(tiny, model, precision, measure.CORES, 1)
-    found = measure.alternately(
-        {
-            "job": partial(job, paths, model, precision, pairs, batch),
-            **{work.__name__: partial(bare, work, tower, units) for work in (decode, forward, loop)},
-            "fixed": lambda: 1 / job(tiny, model, precision, 1, 1),
-        },
-        args.repeats,
-        warm=False,
-    )
+    cpu: dict[str, list[float]] = {}
+    cases = {
+        "job": partial(job, paths, model, precision, pairs, batch),
+        **{work.__name__: partial(bare, work, tower, units) for work in (decode, forward, loop)},
+        "fixed": lambda: 1 / job(tiny, model, precision, 1, 1),
+    }
+    counted = {name: partial(count_cpu, case, cpu.setdefault(name, [])) for name, case in cases.items()}
+    found = measure.alternately(counted, args.repeats, warm=False)
     rates = [found[name] for name in ("job", "decode", "forward", "loop")]
     ratios = [found["job"] / min(found["decode"], found["forward"]), found["job"] / found["loop"]]
+    ratios.append(statistics.median(cpu["loop"]) / statistics.median(cpu["job"]))
     return [model.name, precision, pairs, batch, *rates, *ratios, found["fixed"]]
 
 

@@ -3,7 +3,8 @@
     python -m infra.bench.job embed --input … --output … --model …
 
 `job_seconds` is `pipelines.embed.run`: pipeline, units, manifest, compaction. What comes before (imports, planning,
-loading the model) and after (the report) is `other_seconds`. `peak_bytes` is the process's VmHWM.
+loading the model) and after (the report) is `other_seconds`. `peak_bytes` is the process's VmHWM. `job_cpu_seconds`
+are those of the job, on all cores.
 """
 
 import json
@@ -19,7 +20,7 @@ _STARTED = time.perf_counter()
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
-    """Runs `fusion argv` in a subprocess; returns {job_seconds, other_seconds, peak_bytes}."""
+    """Runs `fusion argv` in a subprocess; returns {job_seconds, job_cpu_seconds, other_seconds, peak_bytes}."""
     command = [sys.executable, "-W", "ignore", "-m", "infra.bench.job", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     if done.returncode:
@@ -39,21 +40,22 @@ def main() -> int:
     """Runs the command with a watch around the job itself."""
     from pipelines import cli, embed
 
-    spent = 0.0
+    spent = cpu = 0.0
     job = embed.run
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal spent
-        start = time.perf_counter()
+        nonlocal spent, cpu
+        start, cpu = time.perf_counter(), time.process_time()
         try:
             return job(*args, **kwargs)
         finally:
-            spent = time.perf_counter() - start
+            spent, cpu = time.perf_counter() - start, time.process_time() - cpu
 
     embed.run = watched
     code = cli.main(sys.argv[1:])
     whole = time.perf_counter() - _STARTED
-    print(json.dumps({"job_seconds": spent, "other_seconds": whole - spent, "peak_bytes": peak_bytes()}))
+    found = {"job_seconds": spent, "job_cpu_seconds": cpu, "other_seconds": whole - spent, "peak_bytes": peak_bytes()}
+    print(json.dumps(found))
     return code
 
 

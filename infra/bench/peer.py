@@ -3,10 +3,12 @@
     python -m infra.bench.peer [--quick] [--model demo vit]
 
 clip-retrieval comes from the package index into an environment of its own below --cache, made at the first run; it runs
-as it is installed, through infra/bench/peer_runner.py, which only teaches it to find weights on this disk.
+as it is installed, through infra/bench/peer_runner.py, which teaches it to find weights on this disk and takes its
+statistics in its own process: the two processes that it starts for them would import torch while it is measured.
 
 Its loop: from its first request for a batch to its last written batch, as its own statistics count (which leaves out
 its warm-up). Ours: the whole of pipelines.embed.run (infra/bench/job.py). The rest of each process's life is start-up.
+"In CPU-s" compares samples per CPU-second, which count alike when other processes take cores away.
 `cosine` is the least between the two sides' vectors of the same pair.
 """
 
@@ -30,7 +32,8 @@ from infra.bench.models import Model
 # clip-retrieval's own dependency `clip` imports pkg_resources.packaging, which newer setuptools do not have.
 PACKAGES = ("clip-retrieval==2.45.0", "setuptools<70")
 COLUMNS = (
-    "model", "side", "samples", "loop samples/s", "start-up s", "fusion ÷ it", "cosine image", "cosine text",
+    "model", "side", "samples", "loop samples/s", "per CPU-s", "start-up s", "fusion ÷ it", "in CPU-s",
+    "cosine image", "cosine text",
 )  # fmt: skip
 
 
@@ -40,7 +43,9 @@ def environment(cache: Path) -> Path:
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *PACKAGES], check=True)
+        subprocess.run(
+            ["uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), *PACKAGES], check=True
+        )
         (folder / "ready").touch()
     return python
 
@@ -48,7 +53,7 @@ def environment(cache: Path) -> Path:
 def theirs(
     python: Path, model: Model, shards: Sequence[Path], output: Path, batch: int, workers: int
 ) -> dict[str, Any]:
-    """One run of `clip inference`: {samples, loop_seconds, other_seconds}."""
+    """One run of `clip inference`: {samples, loop_seconds, loop_cpu_seconds, other_seconds}."""
     folder = shards[0].parent
     pattern = f"{folder}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
     weights = model.pretrained or str(models.demo_folder())
@@ -63,12 +68,17 @@ def theirs(
 
 
 def ours(model: Model, precision: str, shards: Sequence[Path], output: Path) -> dict[str, Any]:
-    """One run of `fusion embed`: {samples, loop_seconds, other_seconds}."""
+    """One run of `fusion embed`: {samples, loop_seconds, loop_cpu_seconds, other_seconds}."""
     batch = "16" if model.name == models.VIT else "64"  # see embed.py
     argv = ["embed", "--input", *map(str, shards), "--output", str(output), *model.options, "--precision", precision]
     cost = job.run([*argv, "--batch", batch, "--device", "cpu", "--quiet"])
     samples = table.Table.open(str(output)).num_rows
-    return {"samples": samples, "loop_seconds": cost["job_seconds"], "other_seconds": cost["other_seconds"]}
+    return {
+        "samples": samples,
+        "loop_seconds": cost["job_seconds"],
+        "loop_cpu_seconds": cost["job_cpu_seconds"],
+        "other_seconds": cost["other_seconds"],
+    }
 
 
 def cosines(theirs: Path, ours: Path) -> list[float]:
@@ -107,11 +117,12 @@ def rows(model: Model, pairs: int, precisions: Sequence[str], args: argparse.Nam
                 costs.setdefault(f"fusion {precision}", []).append(found)
                 apart[f"fusion {precision}"] = cosines(place / next(iter(settings)), place / precision)
     rates = {who: median(cost["samples"] / cost["loop_seconds"] for cost in found) for who, found in costs.items()}
-    lines = []
+    cpu = {who: median(cost["samples"] / cost["loop_cpu_seconds"] for cost in found) for who, found in costs.items()}
+    best, lines = f"fusion {precisions[0]}", []
     for who, found in costs.items():
         start = median(cost["other_seconds"] for cost in found)
-        ratio = rates[f"fusion {precisions[0]}"] / rates[who]
-        lines.append([model.name, who, found[0]["samples"], rates[who], start, ratio, *apart.get(who, ["", ""])])
+        figures = [rates[who], cpu[who], start, rates[best] / rates[who], cpu[best] / cpu[who]]
+        lines.append([model.name, who, found[0]["samples"], *figures, *apart.get(who, ["", ""])])
     return lines
 
 

@@ -4,10 +4,14 @@
 
 WEIGHTS is a weights file, which `clip inference` takes as it is, or the folder of fusion-demo, for which one loader is
 added: its configuration file carries a preprocessing and a vocabulary that clip-retrieval has no option for.
+
+The statistics are kept here, not in the processes that clip-retrieval starts for them: these import torch and more
+while the loop runs, which a short run would pay for as it does not in a long one.
 """
 
 import glob
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,6 +38,25 @@ def load_folder(folder: str, use_jit: bool, device: str, cache: str | None) -> t
     return OpenClipWrapper(inner_model=model, device=device), transform, tokenizer
 
 
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def keep_statistics() -> list[dict[str, float]]:
+    """Has clip-retrieval's statistics, one entry a batch, put into the returned list; before them one that holds the
+    CPU-seconds spent when its loop begins.
+    """
+    from clip_retrieval.clip_inference import logger
+
+    kept: list[dict[str, float]] = []
+    for kind in (logger.LoggerReader, logger.LoggerWriter):
+        kind.start = kind.end = lambda self: None
+    logger.LoggerWriter.start = lambda self: kept.append({"cpu_seconds": cpu_seconds()})
+    logger.LoggerWriter.__call__ = lambda self, batch: kept.append(batch)
+    return kept
+
+
 def main() -> None:
     """Runs `clip inference` and prints what it cost as JSON."""
     name, weights, shards, output, batch, readers = sys.argv[1:]
@@ -44,6 +67,7 @@ def main() -> None:
     if Path(weights).is_dir():
         all_clip.main._CLIP_REGISTRY = {"folder:": load_folder, **all_clip.main._CLIP_REGISTRY}
         model = f"folder:{weights}"
+    batches = keep_statistics()
     clip_inference(
         shards,
         output,
@@ -52,14 +76,17 @@ def main() -> None:
         num_prepro_workers=int(readers),
         clip_model=model,
     )
-    whole = time.perf_counter() - _STARTED
-    stats = [json.loads(Path(path).read_text()) for path in glob.glob(f"{output}/stats/[0-9]*.json")]
-    loop = sum(item["total_duration"] for item in stats)
-    samples = sum(item["sample_count"] for item in stats)
-    stages = ("read", "inference", "write")
-    parts = {f"{stage}_seconds": sum(item[f"{stage}_duration"] for item in stats) for stage in stages}
+    whole, (before, *batches) = time.perf_counter() - _STARTED, batches
+    cpu = cpu_seconds() - before["cpu_seconds"]
+    parts = ("read", "inference", "write")
+    found = {f"{part}_seconds": sum(item[f"{part}_duration"] for item in batches) for part in parts}
+    loop, samples = sum(item["total_duration"] for item in batches), sum(item["sample_count"] for item in batches)
     print()
-    print(json.dumps({"samples": samples, "loop_seconds": loop, "other_seconds": whole - loop, **parts}))
+    print(
+        json.dumps(
+            {"samples": samples, "loop_seconds": loop, "loop_cpu_seconds": cpu, "other_seconds": whole - loop, **found}
+        )
+    )
 
 
 if __name__ == "__main__":
