@@ -58,6 +58,7 @@ class Towers:
 
         self.spec = spec
         self.device = device
+        self.batch = 16 if device == "cpu" else 256  # rows in a forward: more gain nothing on a CPU, and pad more
         self._torch = torch
         self._model = model
         self._tokenizer = tokenizer

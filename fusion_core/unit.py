@@ -52,7 +52,7 @@ def run_unit(
     output: str,
     spec: TableSpec,
     towers: Towers,
-    batch: int = 64,
+    batch: int = 16,
     done: Callable[[int], None] = lambda n: None,
 ) -> ManifestRecord:
     """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples.

@@ -42,7 +42,7 @@ class Knobs:
     """What decides only how fast the rows come."""
 
     device: str = "auto"
-    batch: int = 64
+    batch: int = 0  # 0: what suits the device
     workers: int = 0  # 0: one for each core
     quiet: bool = False
 
@@ -78,7 +78,12 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
         assert self._towers is not None
         try:
             record = unit.run_unit(
-                work, self._job.output, self._job.spec, self._towers, self._knobs.batch, progress.add_samples
+                work,
+                self._job.output,
+                self._job.spec,
+                self._towers,
+                self._knobs.batch or self._towers.batch,
+                progress.add_samples,
             )
         except Exception as error:
             why = _explain(work.unit, error)

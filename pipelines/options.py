@@ -88,7 +88,10 @@ def _retry(parser: argparse.ArgumentParser) -> None:
 def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=positive, default=64, help="images and captions in one forward (default: %(default)s)"
+        "--batch",
+        type=positive,
+        default=0,
+        help="images or captions in one forward (default: 16 on a CPU, 256 on a GPU)",
     )
     parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
     parser.add_argument(

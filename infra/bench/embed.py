@@ -133,6 +133,8 @@ def row(model: Model, precision: str, pairs: int, batch: int, args: argparse.Nam
     paths = photos.write_shards(args.cache, "small", pairs, (1 if model.pretrained else 4) * measure.CORES)
     tiny = photos.write_shards(args.cache, "small", measure.CORES, measure.CORES)
     units = load(paths, tower, batch)
+    if sum(len(unit.captions) for unit in units) != pairs:
+        raise RuntimeError(f"{paths[0].parent} does not hold {pairs} pairs: remove it")
     job(tiny, model, precision, measure.CORES, 1)
     cpu: dict[str, list[float]] = {}
     cases = {

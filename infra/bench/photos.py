@@ -64,7 +64,7 @@ def captions(n: int, seed: int = 0) -> list[str]:
 
 def write_shards(folder: Path, kind: str, pairs: int, shards: int, seed: int = 0) -> list[Path]:
     """`pairs` photographs with caption and sidecar in `shards` tars; those that stand already are taken as they are."""
-    paths = [folder / f"{kind}-{pairs}-{seed}" / f"{i:05d}.tar" for i in range(shards)]
+    paths = [folder / f"{kind}-{pairs}-{shards}-{seed}" / f"{i:05d}.tar" for i in range(shards)]
     bounds = [pairs * i // shards for i in range(shards + 1)]
     if not all(path.is_file() for path in paths):
         stream = zip(photographs(kind, pairs, seed), captions(pairs, seed), strict=True)
