@@ -138,16 +138,6 @@ def remove(place: str) -> None:
             raise
 
 
-def free_bytes(place: str) -> int | None:
-    """Free space where a place lies; None where that means nothing."""
-    if not is_local(place):
-        return None
-    folder = Path(place)
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 class PendingFile:
     """A file being written below `folder`, invisible until published. Knows its size and SHA-256.
 

@@ -407,7 +407,8 @@ class Table:
         manifest = read_manifest(place)
         if manifest.damaged:
             raise TableError(
-                f"{place}: damaged manifest files {', '.join(manifest.damaged)}: run `fusion verify {place}`"
+                f"{place}: damaged manifest files {', '.join(manifest.damaged)}: "
+                "repeat the `fusion embed` that wrote it: it does those units anew"
             )
         return cls(place, spec, manifest.live)
 
