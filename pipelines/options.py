@@ -55,7 +55,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
         "--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own"
     )
     parser.add_argument(
-        "--precision", default="auto", help="auto (fp32 on the CPU, bf16 or fp16 on a GPU), fp32, bf16, fp16"
+        "--precision", default="auto", help="auto (bf16 where the hardware computes in it), fp32, bf16, fp16"
     )
     parser.add_argument(
         "--fuser", default="", metavar="SPEC",

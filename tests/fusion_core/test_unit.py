@@ -21,7 +21,7 @@ from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
 from schemas.samples import DeadLetter, Sample
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
-MODEL = towers.load(towers.DEMO)
+MODEL = towers.load(towers.DEMO, precision="fp32")
 towers.one_thread_each()  # as in a job
 SPEC = TableSpec(MODEL.spec, InputSpec(), fusers.parse("concat", MODEL.spec.embedding_dim).spec)
 

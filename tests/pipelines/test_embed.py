@@ -181,7 +181,7 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     ]  # fmt: skip
     write_tar(shard, {**broken, "000007.jpg": members["000007.jpg"], "000011.txt": members["000011.txt"]}.items())
 
-    model = towers.load(towers.DEMO, precision="fp32")
+    model = towers.load(towers.DEMO)
     counts = {"embed_images": 0, "embed_texts": 0}
 
     def counting(name: str) -> Callable[..., np.ndarray]:
