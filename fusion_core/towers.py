@@ -173,7 +173,7 @@ def load(model: str, pretrained: str = "", device: str = "auto", precision: str 
     bring its own. `device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises TowerError.
     """
     device = _pick_device(device)
-    key = (_absolute(model), _absolute(pretrained), device, _pick_precision(precision, device))
+    key = (absolute(model), absolute(pretrained), device, _pick_precision(precision, device))
     with _LOADING:
         if key not in _LOADED:
             _LOADED[key] = _load(*key)
@@ -199,6 +199,24 @@ def for_spec(spec: TowerSpec, device: str = "auto", pretrained: str = "") -> Tow
     if here != there:
         raise TowerError(f"{spec.model} is not what it was: " + "; ".join(records.differences(here, there)))
     return towers
+
+
+def are_unchanged(spec: TowerSpec, model: str, pretrained: str = "") -> bool:
+    """Whether the names are the spec's and weights on this disk are still its own: told without importing open_clip,
+    which takes seconds. False, too, where it cannot be told.
+    """
+    if (absolute(model), absolute(pretrained)) != (spec.model, spec.pretrained):
+        return False
+    folder = _DEMO_FOLDER if model == DEMO else Path(model)
+    places = [Path(pretrained)] if pretrained else [folder / name for name in _WEIGHTS]
+    weights = next((place for place in places if place.is_file()), None)
+    return weights is not None and _sha256(weights) == spec.weights_sha256
+
+
+def absolute(name: str) -> str:
+    """A path in the form that holds in every working folder; other names as they are."""
+    path = Path(name.removeprefix("local-dir:"))
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def _load(model: str, pretrained: str, device: str, precision: Precision) -> Towers:
@@ -362,12 +380,6 @@ def _pick_precision(precision: str, device: str) -> Precision:
         able = torch.cpu.get_capabilities()
         return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _absolute(name: str) -> str:
-    """A path in the form that holds in every working folder; other names as they are."""
-    path = Path(name.removeprefix("local-dir:"))
-    return str(path.resolve()) if name and path.exists() else name
 
 
 def _shortened(model: Any, length: int) -> Any:

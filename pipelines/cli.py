@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fusion_core.table import Table
     from pipelines.embed import EmbedJob
     from pipelines.plan import Plan
-    from schemas.feature_table import RunRecord
+    from schemas.feature_table import RunRecord, TableSpec, TowerSpec
 
 DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
 
@@ -95,14 +95,25 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import embed, plan
 
     embed.check_beam_options(rest, vars(args))
-    precision = args.precision
-    if precision == "auto" and (existing := table.read_spec(output)):
-        precision = existing.tower.precision  # a scheduled run may land on another machine
-    tower = towers.load(args.model, args.pretrained, args.device, precision).spec
+    tower = _tower(args, table.read_spec(output))
     fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser))
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
-    return _run(args, rest, embed.EmbedJob(output, spec), planned)
+    if planned.work:
+        towers.for_spec(spec.tower, args.device, args.pretrained)
+    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
+
+
+def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec":
+    """The spec of the towers that are asked for; those of a table that stands are not loaded before there is work."""
+    from fusion_core import towers
+
+    precision = args.precision
+    if existing and precision in ("auto", existing.tower.precision):
+        precision = existing.tower.precision  # a scheduled run may land on another machine
+        if towers.are_unchanged(existing.tower, args.model, args.pretrained):
+            return existing.tower
+    return towers.load(args.model, args.pretrained, args.device, precision).spec
 
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
@@ -118,7 +129,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         return DONE
     towers.for_spec(spec.tower, args.device, args.pretrained)
     planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
-    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, args.pretrained), planned)
+    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
 
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:

@@ -4,6 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
+from safetensors.numpy import load_file, save_file
 
 from fusion_core import files, table, towers
 from pipelines import cli, embed, plan
@@ -86,6 +90,22 @@ def test_shards_become_a_table_and_a_second_run_does_nothing(
     assert run() == 0
     assert "0 units done, 3 stood already, 0 failed" in capsys.readouterr().out
     assert parts(tmp_path / "table") == before
+
+
+def test_a_run_without_work_loads_no_towers_and_still_knows_the_weights(tmp_path: Path) -> None:
+    corpus(tmp_path, shards=1, each=4)
+    model = shutil.copytree(Path(towers.__file__).parent / "demo" / "model", tmp_path / "model")
+    argv = ["embed", "--input", f"{tmp_path}/*.tar", "--output", f"{tmp_path}/table", "--model", str(model), "--quiet"]
+    script = f"import sys; from pipelines import cli; code = cli.main({argv}); print(code, 'open_clip' in sys.modules)"
+    said = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        said.append(done.stdout.splitlines()[-1])
+    assert said == ["0 True", "0 False"]
+    weights = model / "open_clip_model.safetensors"
+    save_file({name: np.asarray(value + 1) for name, value in load_file(weights).items()}, weights)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2 True" and "weights_sha256" in done.stderr
 
 
 def test_new_changed_and_vanished_parts_are_done_and_nothing_else(
