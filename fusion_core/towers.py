@@ -160,7 +160,8 @@ class Towers:
         vectors = self._torch.nn.functional.normalize(features[:n].float(), dim=-1).cpu().numpy()
         if not np.isfinite(vectors).all():
             raise TowerError(
-                f"{self.spec.model} in {self.spec.precision} gives non-finite embeddings: use fp32 or bf16"
+                f"{self.spec.model} in {self.spec.precision} gives non-finite embeddings: "
+                + ("its weights are broken" if self.spec.precision == "fp32" else "use fp32")
             )
         return np.asarray(vectors)
 
@@ -234,7 +235,7 @@ def _load(model: str, pretrained: str, device: str, precision: Precision) -> Tow
         tokenizer = _tokenizer(source)
     except Exception as error:
         raise TowerError(f"cannot load {model!r} with the weights {source.weights}: {error}") from error
-    network.eval().requires_grad_(False)
+    network.eval()  # its weights keep requires_grad: without it torch multiplies with a copy of them for each row
     config = open_clip.get_model_config(source.name)
     spec = TowerSpec(
         model=model,

@@ -56,4 +56,4 @@ def reference(model: Model) -> tuple[Any, Any]:
     if name == towers.DEMO:
         name, extra = f"local-dir:{demo_folder()}", {"bpe_path": str(next(demo_folder().glob("*bpe*.txt.gz")))}
     network = open_clip.create_model(name, pretrained=model.pretrained or None)
-    return network.eval().requires_grad_(False), open_clip.get_tokenizer(name, **extra)
+    return network.eval(), open_clip.get_tokenizer(name, **extra)

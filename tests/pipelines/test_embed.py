@@ -103,7 +103,9 @@ def test_a_run_without_work_loads_no_towers_and_still_knows_the_weights(tmp_path
         said.append(done.stdout.splitlines()[-1])
     assert said == ["0 True", "0 False"]
     weights = model / "open_clip_model.safetensors"
-    save_file({name: np.asarray(value + 1) for name, value in load_file(weights).items()}, weights)
+    save_file(
+        {name: np.asarray(value + (name == "logit_scale")) for name, value in load_file(weights).items()}, weights
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "2 True" and "weights_sha256" in done.stderr
 
