@@ -60,7 +60,7 @@ class Towers:
 
         self.spec = spec
         self.device = device
-        self.batch = 16 if device == "cpu" else 256  # rows in a forward: more gain nothing on a CPU, and pad more
+        self.batch = _rows_in_a_forward(model, device)
         self._torch = torch
         self._model = model
         self._tokenizer = tokenizer
@@ -436,6 +436,13 @@ def _class_token_only(block: Any) -> Any:
             return (first + block.ls_2(block.mlp(block.ln_2(first))))[:, None]
 
     return ClassTokenOnly()
+
+
+def _rows_in_a_forward(model: Any, device: str) -> int:
+    """How many rows a forward has by default: on a CPU no more than make the call itself cheap, as more pad more."""
+    if device != "cpu":
+        return 256
+    return 16 if sum(weights.numel() for weights in model.visual.parameters()) > 10**7 else 64
 
 
 def _padded(rows: np.ndarray, pad_to: int) -> np.ndarray:

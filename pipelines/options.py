@@ -91,7 +91,7 @@ def _running(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=positive,
         default=0,
-        help="images or captions in one forward (default: 16 on a CPU, 256 on a GPU)",
+        help="images or captions in one forward (default: what suits device and model)",
     )
     parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
     parser.add_argument(

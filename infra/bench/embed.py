@@ -1,6 +1,6 @@
 """The real embedding job against the bare limits of its decoder and its towers, alternately in one process.
 
-    python -m infra.bench.embed [--quick] [--model demo vit] [--precision fp32 bf16]
+    python -m infra.bench.embed [--quick] [--model tiny demo vit] [--precision fp32 bf16]
 
 The job is `fusion embed` whole, run in this process through pipelines.cli after one unmeasured run, so that imports and
 the loading of the model are excluded and everything else (planning, Beam, Parquet, manifest, compaction, report) is in.
@@ -13,9 +13,6 @@ Bare, with the same decode function, the same towers, batch, units and number of
 `÷ lower` is the job's rate by the lower of decode and forward: the target where a device does the forward. On a CPU the
 same cores do both, so `÷ loop` tells what the job itself costs, and `CPU loop ÷ job` tells it in CPU-seconds, which
 count alike when other processes take cores away. `fixed s` is the job over one sample a thread.
-
-ViT-B-32 has batches of 16, so that the padding of each caption length to whole batches weighs on its small units
-(128 samples) about as batches of 64 weigh on units of 1,000.
 """
 
 import argparse
@@ -100,11 +97,11 @@ def bare(work: Callable[[towers.Towers, Samples], None], tower: towers.Towers, u
     return sum(len(unit.captions) for unit in units) / took
 
 
-def job(paths: Sequence[Path], model: Model, precision: str, samples: int, batch: int) -> float:
+def job(paths: Sequence[Path], model: Model, precision: str, samples: int) -> float:
     """Samples per second of `fusion embed` into a new table."""
     place = tempfile.mkdtemp(prefix="fusion-bench-")
     argv = ["embed", "--input", *map(str, paths), "--output", f"{place}/table", *model.options]
-    argv += ["--precision", precision, "--batch", str(batch), "--device", "cpu", "--quiet"]
+    argv += ["--precision", precision, "--device", "cpu", "--quiet"]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             took = measure.seconds(lambda: _must(cli.main(argv)))
@@ -126,43 +123,42 @@ def _must(code: int) -> None:
         raise RuntimeError(f"fusion embed ended with {code}")
 
 
-def row(model: Model, precision: str, pairs: int, batch: int, args: argparse.Namespace) -> list[Any]:
-    """One line of the table."""
+def row(model: Model, precision: str, pairs: int, args: argparse.Namespace) -> list[Any]:
+    """One line of the table, without the model's name."""
     tower = towers.load(model.name, model.pretrained, "cpu", precision)
+    precision, batch = tower.spec.precision, tower.batch
     towers.one_thread_each()
     paths = photos.write_shards(args.cache, "small", pairs, (1 if model.pretrained else 4) * measure.CORES)
     tiny = photos.write_shards(args.cache, "small", measure.CORES, measure.CORES)
     units = load(paths, tower, batch)
     if sum(len(unit.captions) for unit in units) != pairs:
         raise RuntimeError(f"{paths[0].parent} does not hold {pairs} pairs: remove it")
-    job(tiny, model, precision, measure.CORES, 1)
+    job(tiny, model, precision, measure.CORES)
     cpu: dict[str, list[float]] = {}
     cases = {
-        "job": partial(job, paths, model, precision, pairs, batch),
+        "job": partial(job, paths, model, precision, pairs),
         **{work.__name__: partial(bare, work, tower, units) for work in (decode, forward, loop)},
-        "fixed": lambda: 1 / job(tiny, model, precision, 1, 1),
+        "fixed": lambda: 1 / job(tiny, model, precision, 1),
     }
     counted = {name: partial(count_cpu, case, cpu.setdefault(name, [])) for name, case in cases.items()}
     found = measure.alternately(counted, args.repeats, warm=False)
     rates = [found[name] for name in ("job", "decode", "forward", "loop")]
     ratios = [found["job"] / min(found["decode"], found["forward"]), found["job"] / found["loop"]]
     ratios.append(statistics.median(cpu["loop"]) / statistics.median(cpu["job"]))
-    return [model.name, precision, pairs, batch, *rates, *ratios, found["fixed"]]
+    return [precision, pairs, batch, *rates, *ratios, found["fixed"]]
 
 
 def main() -> None:
     """One row for each model and precision."""
     parser = measure.arguments("embed", __doc__)
-    parser.add_argument("--model", nargs="+", choices=("demo", "vit"), default=["demo", "vit"])
-    parser.add_argument("--precision", nargs="+", default=["fp32"])
-    parser.add_argument("--pairs", type=int, help="samples (default: 6144 with demo, 256 with vit)")
+    parser.add_argument("--model", nargs="+", choices=models.NAMES, default=models.NAMES)
+    parser.add_argument("--precision", nargs="+", default=["auto"])
+    parser.add_argument("--pairs", type=int, help="samples (default: 6144, with vit 1024)")
     args = parser.parse_args()
-    known = {"demo": (models.demo, 6144, 64), "vit": (lambda: models.vit(args.cache), 256, 16)}
     load, rows = measure.Load(), []
     for name, precision in itertools.product(args.model, args.precision):
-        make, pairs, batch = known[name]
-        pairs = args.pairs or (pairs // 8 if args.quick and name == "demo" else pairs)
-        rows.append(row(make(), precision, pairs, batch, args))
+        pairs = args.pairs or (1024 if name == "vit" else 6144) // (8 if args.quick else 1)
+        rows.append([name, *row(models.named(name, args.cache), precision, pairs, args)])
     measure.tell("embed", args, load, COLUMNS, rows)
 
 

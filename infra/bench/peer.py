@@ -1,6 +1,6 @@
 """clip-retrieval's `clip inference` and `fusion embed` on the same shards, model and weights, side by side, in turns.
 
-    python -m infra.bench.peer [--quick] [--model demo vit]
+    python -m infra.bench.peer [--quick] [--model tiny demo vit]
 
 clip-retrieval comes from the package index into an environment of its own below --cache, made at the first run; it runs
 as it is installed, through infra/bench/peer_runner.py, which teaches it to find weights on this disk and takes its
@@ -56,7 +56,7 @@ def theirs(
     """One run of `clip inference`: {samples, loop_seconds, loop_cpu_seconds, other_seconds}."""
     folder = shards[0].parent
     pattern = f"{folder}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
-    weights = model.pretrained or str(models.demo_folder())
+    weights = model.pretrained or str(models.folder_of(model))
     runner = str(Path(__file__).with_name("peer_runner.py"))
     command = [python, "-P", "-W", "ignore", runner, model.name, weights, pattern, output, str(batch), str(workers)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
@@ -69,9 +69,8 @@ def theirs(
 
 def ours(model: Model, precision: str, shards: Sequence[Path], output: Path) -> dict[str, Any]:
     """One run of `fusion embed`: {samples, loop_seconds, loop_cpu_seconds, other_seconds}."""
-    batch = "16" if model.name == models.VIT else "64"  # see embed.py
     argv = ["embed", "--input", *map(str, shards), "--output", str(output), *model.options, "--precision", precision]
-    cost = job.run([*argv, "--batch", batch, "--device", "cpu", "--quiet"])
+    cost = job.run([*argv, "--device", "cpu", "--quiet"])
     samples = table.Table.open(str(output)).num_rows
     return {
         "samples": samples,
@@ -97,18 +96,18 @@ def cosines(theirs: Path, ours: Path) -> list[float]:
     return [round(value, 6) for value in found]
 
 
-def rows(model: Model, pairs: int, precisions: Sequence[str], args: argparse.Namespace) -> list[list[Any]]:
+def rows(name: str, model: Model, pairs: int, precisions: Sequence[str], args: argparse.Namespace) -> list[list[Any]]:
     """The lines of one model: clip-retrieval as it is by default, as it is best here, and ours by precision."""
-    shards = photos.write_shards(args.cache, "small", pairs, 2 if model.name == models.VIT else 4)
+    shards = photos.write_shards(args.cache, "small", pairs, 2 if name == "vit" else 4)
     python = environment(args.cache)
     costs: dict[str, list[dict[str, Any]]] = {}
     apart: dict[str, list[float]] = {}
     settings = {"clip-retrieval, batch 64, 2 readers": (64, 2)}
-    if model.name != models.VIT:  # its warm-up of two batches alone would take minutes with the large one
+    if name != "vit":  # its warm-up of two batches alone would take minutes with the large one
         settings["clip-retrieval, its defaults"] = (256, 4)
     for _ in range(args.repeats):
-        with tempfile.TemporaryDirectory(prefix="fusion-bench-") as name:
-            place = Path(name)
+        with tempfile.TemporaryDirectory(prefix="fusion-bench-") as folder:
+            place = Path(folder)
             for who, (batch, workers) in settings.items():
                 found = theirs(python, model, shards, place / who, batch, workers)
                 costs.setdefault(who, []).append(found)
@@ -122,23 +121,23 @@ def rows(model: Model, pairs: int, precisions: Sequence[str], args: argparse.Nam
     for who, found in costs.items():
         start = median(cost["other_seconds"] for cost in found)
         figures = [rates[who], cpu[who], start, rates[best] / rates[who], cpu[best] / cpu[who]]
-        lines.append([model.name, who, found[0]["samples"], *figures, *apart.get(who, ["", ""])])
+        lines.append([name, who, found[0]["samples"], *figures, *apart.get(who, ["", ""])])
     return lines
 
 
 def main() -> None:
-    """Two models."""
+    """All models."""
     parser = measure.arguments("peer", __doc__, repeats=2)
-    parser.add_argument("--model", nargs="+", choices=("demo", "vit"), default=["demo", "vit"])
-    parser.add_argument("--precision", nargs="+", default=["fp32"], help="ours; the first is compared with")
-    parser.add_argument("--pairs", type=int, help="samples (default: 4000 with demo, 256 with vit)")
+    parser.add_argument("--model", nargs="+", choices=models.NAMES, default=models.NAMES)
+    parser.add_argument("--precision", nargs="+", default=["auto", "fp32"], help="ours; the first is compared with")
+    parser.add_argument("--pairs", type=int, help="samples (default: 6144, with vit 1024)")
     args = parser.parse_args()
     environment(args.cache)
     load, found = measure.Load(), []
     for name in args.model:
-        model = models.demo() if name == "demo" else models.vit(args.cache)
-        pairs = args.pairs or {"demo": 512 if args.quick else 4096, "vit": 256}[name]
-        found += rows(model, pairs, args.precision, args)
+        model = models.named(name, args.cache)
+        pairs = args.pairs or (1024 if name == "vit" else 6144) // (8 if args.quick else 1)
+        found += rows(name, model, pairs, args.precision, args)
     measure.tell("peer", args, load, COLUMNS, found, packages=PACKAGES)
 
 

@@ -2,8 +2,8 @@
 
     peer_runner.py MODEL WEIGHTS SHARDS OUTPUT BATCH READERS
 
-WEIGHTS is a weights file, which `clip inference` takes as it is, or the folder of fusion-demo, for which one loader is
-added: its configuration file carries a preprocessing and a vocabulary that clip-retrieval has no option for.
+WEIGHTS is a weights file, which `clip inference` takes as it is, or a model folder, for which one loader is added: its
+configuration file carries a preprocessing and a vocabulary that clip-retrieval has no option for.
 
 The statistics are kept here, not in the processes that clip-retrieval starts for them: these import torch and more
 while the loop runs, which a short run would pay for as it does not in a long one.
@@ -33,8 +33,9 @@ def load_folder(folder: str, use_jit: bool, device: str, cache: str | None) -> t
     model.eval()
     preprocess = {"size": config["model_cfg"]["vision_cfg"]["image_size"], **config["preprocess_cfg"]}
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), is_train=False)
-    vocabulary = next(iter(glob.glob(f"{folder}/*bpe*.txt.gz")))
-    tokenizer = open_clip.SimpleTokenizer(bpe_path=vocabulary, context_length=text["context_length"])
+    own = glob.glob(f"{folder}/*bpe*.txt.gz")
+    vocabulary = {"bpe_path": own[0]} if own else {}
+    tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"], **vocabulary)
     return OpenClipWrapper(inner_model=model, device=device), transform, tokenizer
 
 

@@ -70,7 +70,7 @@ def our_calls(tower: towers.Towers, pixels: np.ndarray, captions: list[str]) -> 
     }
 
 
-def rows(model: Model, batch: int, rounds: int, args: argparse.Namespace) -> list[list[Any]]:
+def rows(model_name: str, model: Model, batch: int, rounds: int, args: argparse.Namespace) -> list[list[Any]]:
     """Both towers of a model."""
     ours = {name: towers.load(model.name, model.pretrained, "cpu", name) for name in PRECISIONS}
     towers.one_thread_each()
@@ -87,21 +87,20 @@ def rows(model: Model, batch: int, rounds: int, args: argparse.Namespace) -> lis
         cases = {name: partial(rate, call[side], args.threads, rounds) for name, call in calls.items()}
         rates = measure.alternately(cases, args.repeats)
         ratios = [rates[name] / rates["open_clip"] for name in PRECISIONS]
-        found.append([model.name, side, args.threads, *rates.values(), *ratios, *(round(c, 7) for c in cosines)])
+        found.append([model_name, side, args.threads, *rates.values(), *ratios, *(round(c, 7) for c in cosines)])
     return found
 
 
 def main() -> None:
-    """Two models, two towers."""
+    """Every model, two towers."""
     parser = measure.arguments("towers", __doc__)
     parser.add_argument("--threads", type=int, default=measure.CORES)
-    parser.add_argument("--model", nargs="+", choices=("demo", "vit"), default=["demo", "vit"])
+    parser.add_argument("--model", nargs="+", choices=models.NAMES, default=models.NAMES)
     args = parser.parse_args()
     load, found = measure.Load(), []
-    if "demo" in args.model:
-        found += rows(models.demo(), 64, 1 if args.quick else 3, args)
-    if "vit" in args.model:
-        found += rows(models.vit(args.cache), 8, 1, args)
+    for name in args.model:
+        batch, rounds = (16, 1) if name == "vit" else (64, 1 if args.quick else 3)
+        found += rows(name, models.named(name, args.cache), batch, rounds, args)
     measure.tell("towers", args, load, COLUMNS, found)
 
 
