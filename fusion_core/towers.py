@@ -173,7 +173,7 @@ def load(model: str, pretrained: str = "", device: str = "auto", precision: str 
     model-config JSON, or `fusion-demo`. `pretrained`: a tag of open_clip's or a weights file, where the model does not
     bring its own. `device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises TowerError.
     """
-    device = _pick_device(device)
+    device = pick_device(device)
     key = (absolute(model), absolute(pretrained), device, _pick_precision(precision, device))
     with _LOADING:
         if key not in _LOADED:
@@ -212,6 +212,19 @@ def are_unchanged(spec: TowerSpec, model: str, pretrained: str = "") -> bool:
     places = [Path(pretrained)] if pretrained else [folder / name for name in _WEIGHTS]
     weights = next((place for place in places if place.is_file()), None)
     return weights is not None and _sha256(weights) == spec.weights_sha256
+
+
+def pick_device(device: str) -> str:
+    """cpu, cuda or cuda:N for what was asked for; raises TowerError."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise TowerError(f"device {device!r} is not auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TowerError(f"device {device!r}: torch sees no GPU here; use --device cpu or auto")
+    return device
 
 
 def absolute(name: str) -> str:
@@ -350,18 +363,6 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
 
 
 # --- device and precision -------------------------------------------------------------------------------------------
-
-
-def _pick_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not device.startswith("cuda"):
-        raise TowerError(f"device {device!r} is not auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TowerError(f"device {device!r}: torch sees no GPU here; use --device cpu or auto")
-    return device
 
 
 def _pick_precision(precision: str, device: str) -> Precision:

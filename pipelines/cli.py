@@ -100,6 +100,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     spec = table.claim(output, TableSpec(tower, inputs, fuser))
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
     if planned.work:
+        _prepare(args)
         towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
 
@@ -113,7 +114,16 @@ def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec
         precision = existing.tower.precision  # a scheduled run may land on another machine
         if towers.are_unchanged(existing.tower, args.model, args.pretrained):
             return existing.tower
+    _prepare(args)
     return towers.load(args.model, args.pretrained, args.device, precision).spec
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Has the workers' imports made beside those of this process."""
+    from pipelines import workers
+
+    if args.workers != 1 and not args.device.startswith("cuda"):
+        workers.prepare()
 
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
@@ -127,6 +137,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     if not broken:
         print(f"{feature_table.place}: no dead letters")
         return DONE
+    _prepare(args)
     towers.for_spec(spec.tower, args.device, args.pretrained)
     planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
     return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)

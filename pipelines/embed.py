@@ -7,7 +7,6 @@ commits whole or not at all. What to do is the launcher's to plan (plan.py), and
 """
 
 import difflib
-import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +18,9 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, shards, table, towers, unit
-from pipelines import progress
+from pipelines import progress, workers
 from pipelines.plan import Plan
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
-from schemas.samples import Unit
 
 _LOG = logging.getLogger("fusion.unit")
 _NAMESPACE = "fusion"
@@ -66,34 +64,33 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
 
     def __init__(self, job: EmbedJob, knobs: Knobs):
         self._job, self._knobs = job, knobs
+        self._apart = False
         self._towers: towers.Towers | None = None
 
     def setup(self) -> None:
-        """Takes this process's copy of the towers."""
-        towers.one_thread_each()
-        self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
+        """Takes this process's copy of the towers, unless units run in processes of their own."""
+        self._apart = self._knobs.threads > 1 and towers.pick_device(self._knobs.device) == "cpu"
+        if not self._apart:
+            towers.one_thread_each()
+            self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:
         """Runs one unit."""
-        assert self._towers is not None
-        try:
-            record = unit.run_unit(
-                work,
-                self._job.output,
-                self._job.spec,
-                self._towers,
-                self._knobs.batch or self._towers.batch,
-                progress.add_samples,
-            )
-        except Exception as error:
-            why = _explain(work.unit, error)
-            _LOG.error("unit %s failed: %s", work.unit.id, why, exc_info=not isinstance(error, OSError))
-            progress.add_failure(work.unit.id, why)
+        result = self._run(workers.Order(work, self._job.output, self._job.spec, self._knobs.batch))
+        if isinstance(result, workers.Failure):
+            _LOG.error("unit %s failed: %s\n%s", work.unit.id, result.why, result.trace)
+            progress.add_failure(work.unit.id, result.why)
             Metrics.counter(_NAMESPACE, "units_failed").inc()
         else:
-            _count(record)
-            progress.add_unit(record.rows_in, work.unit.identity.size_bytes)
-            yield Outcome(work.unit.id, record.rows_in, record.rows_out, record.rows_dead)
+            _count(result)
+            progress.add_unit(result.rows_in, work.unit.identity.size_bytes)
+            yield Outcome(work.unit.id, result.rows_in, result.rows_out, result.rows_dead)
+
+    def _run(self, order: workers.Order) -> ManifestRecord | workers.Failure:
+        if self._towers:
+            return workers.attempt(order, self._towers, progress.add_samples)
+        with workers.borrowed(self._job.spec.tower, self._knobs.device, self._job.pretrained) as worker:
+            return worker.run(order, progress.add_samples)
 
 
 class EmbedUnits(beam.PTransform):  # type: ignore[misc]
@@ -106,13 +103,6 @@ class EmbedUnits(beam.PTransform):  # type: ignore[misc]
     def expand(self, work: Any) -> Any:
         """Reshuffle keeps the order, so big units start first."""
         return work | beam.Reshuffle() | beam.ParDo(RunUnit(self._job, self._knobs))
-
-
-def _explain(item: Unit, error: Exception) -> str:
-    """What failed, where, and what to do."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{item.shard}: no space left for its part: free some and run the command again"
-    return f"{item.shard}: {type(error).__name__}: {error}"
 
 
 def _count(record: ManifestRecord) -> None:
@@ -170,15 +160,15 @@ def _done(record: ManifestRecord | None, work: unit.Work) -> bool:
 
 
 def local_runner(knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
-    """The options of the default runner: Beam's FnApiRunner by name, its workers threads that share one model.
+    """The options of the default runner: Beam's FnApiRunner by name, in threads (whose work is done in workers.py).
 
     Beam's own default first tries to download a binary; its multi-processing mode hangs for good when a worker is
-    killed, so it is refused: more processes are more launchers on one table (--shard-index, --num-shards).
+    killed, so it is refused.
     """
     if any("multi_processing" in option for option in beam_options):
         raise shards.InputError(
-            "--direct_running_mode=multi_processing hangs when a worker is killed: use --workers for threads, and "
-            "several launchers with --shard-index/--num-shards for processes"
+            "--direct_running_mode=multi_processing hangs when a worker is killed: use --workers, and "
+            "several launchers with --shard-index/--num-shards over machines"
         )
     if any(option.startswith("--runner") for option in beam_options):
         return []

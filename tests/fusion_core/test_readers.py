@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import datasets
@@ -396,6 +397,49 @@ def test_damaged_tars_never_raise(tmp_path: Path, seed: int, mode: str, form: in
     path = write_tar(tmp_path / "a.tar", LONE, mode, format=form)
     path.write_bytes(damaged(path.read_bytes(), seed, n))
     settle(read(path))
+
+
+NAMES = st.one_of(
+    st.sampled_from(["a.jpg", "d/a.jpg", "folder/", "ü.jpg", "n" * 100 + ".jpg", "f" * 99 + "/" + "n" * 60 + ".jpg"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30),
+)
+KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE])
+MADE = st.sampled_from(
+    [0, 1_700_000_000, 1_700_000_000.25]
+)  # a fraction makes a PAX header, as webdataset's writer does
+FORMS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+
+
+@settings(FEW, max_examples=200)
+@given(
+    files_=st.lists(st.tuples(NAMES, KINDS, MADE, st.integers(0, 1500)), max_size=6), form=FORMS,
+    seed=st.integers(0, 2**32), changed=st.sampled_from([0, 0, 1, 3]),
+)  # fmt: skip
+def test_plain_headers_are_read_as_tarfile_reads_them(
+    tmp_path: Path, files_: list[tuple[str, bytes, float, int]], form: int, seed: int, changed: int
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, kind, made, size in files_:
+            member = tarfile.TarInfo(name)
+            member.type, member.mtime, member.size = kind, made, size if kind in tarfile.REGULAR_TYPES else 0  # type: ignore[assignment]
+            with suppress(ValueError):  # names that USTAR cannot hold
+                archive.addfile(member, io.BytesIO(bytes(size)))
+    path.write_bytes(damaged(path.read_bytes(), seed, changed) if changed else path.read_bytes())
+
+    def members() -> list[tuple[object, ...]]:
+        found: list[tuple[object, ...]] = []
+        with closing(tars._Source(files.open_input(str(path)))) as source:
+            try:
+                found += [(m.name, m.size, m.offset, m.offset_data, m.isreg()) for m in tars._members(source)]
+            except tars._Cut as cut:
+                found.append((cut.error, cut.offset, cut.message))
+        return found
+
+    fast = members()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tars, "_plain_member", lambda source: None)
+        assert fast == members()
 
 
 def damaged(raw: bytes, seed: int, n: int) -> bytes:

@@ -1,0 +1,163 @@
+"""Units worked on in processes of their own: on a CPU, threads of one process wait for the interpreter's lock.
+
+A process is started when a unit finds none idle, loads the towers once, and serves one unit after the other until this
+process ends. Whatever a decoder does to its process costs the unit that it worked on, not the job.
+
+They are forked from a server that has nothing but imports behind it: neither Beam's threads nor a storage client's are
+in it, and what it has imported is shared.
+"""
+
+import errno
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from typing import Any
+
+from fusion_core import towers, unit
+from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_LOCK = threading.Lock()
+_IDLE: list["Worker"] = []
+
+
+@dataclass(frozen=True)
+class Order:
+    """A unit to run, and into which table."""
+
+    work: unit.Work
+    output: str
+    spec: TableSpec
+    batch: int = 0  # 0: what suits the device and the model
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a unit was not done, and where in the code, unless the reason says it all."""
+
+    why: str
+    trace: str = ""
+
+
+class Worker:
+    """A process with the towers of one spec on one device."""
+
+    def __init__(self, spec: TowerSpec, device: str, pretrained: str):
+        self.towers = (spec, device, pretrained)
+        self._connection, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, *self.towers), name="fusion-worker", daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, order: Order, done: Callable[[int], None]) -> ManifestRecord | Failure:
+        """The unit's record, or why it failed; `done` hears of finished samples."""
+        try:
+            self._connection.send(order)
+            while isinstance(said := self._connection.recv(), int):
+                done(said)
+        except (EOFError, ConnectionError):
+            self._process.join()
+            return Failure(f"{order.work.unit.shard}: its process {_how_ended(self._process.exitcode or 0)}")
+        result: ManifestRecord | Failure = said
+        return result
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can take another unit."""
+        return self._process.is_alive()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+        self._process.join()
+
+
+@contextmanager
+def borrowed(spec: TowerSpec, device: str, pretrained: str) -> Iterator[Worker]:
+    """An idle worker with these towers, or a new one; workers with others are ended."""
+    wanted = (spec, device, pretrained)
+    with _LOCK:
+        found = [worker for worker in _IDLE if worker.is_alive and worker.towers == wanted]
+        others = [worker for worker in _IDLE if worker not in found]
+        _IDLE[:] = found[1:]
+    for other in others:
+        other.close()
+    worker = found[0] if found else Worker(*wanted)
+    try:
+        yield worker
+    finally:
+        with _LOCK:
+            _IDLE.append(worker)
+
+
+def prepare() -> None:
+    """Starts the server, whose imports take seconds, beside what else there is to do."""
+    _CONTEXT.set_forkserver_preload(["open_clip", "pyarrow.parquet"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the launcher
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def attempt(order: Order, model: towers.Towers, done: Callable[[int], None]) -> ManifestRecord | Failure:
+    """Runs a unit in this process: its record, or why it failed."""
+    try:
+        return unit.run_unit(order.work, order.output, order.spec, model, order.batch or model.batch, done)
+    except Exception as error:
+        trace = "" if isinstance(error, OSError) else traceback.format_exc()
+        return Failure(_explain(order.work.unit.shard, error), trace)
+
+
+def _explain(shard: str, error: Exception) -> str:
+    """What failed, where, and what to do."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{shard}: no space left for its part: free some and run the command again"
+    return f"{shard}: {type(error).__name__}: {error}"
+
+
+def _how_ended(code: int) -> str:
+    """What became of a process that did not answer any more."""
+    if code == -signal.SIGKILL:
+        return "was killed, as by a system out of memory: fewer --workers need less"
+    if code < 0:
+        return (
+            f"crashed ({signal.Signals(-code).name}): run the command again; if it crashes again, a file in it does it"
+        )
+    return f"ended with exit code {code}; what it wrote to stderr says why"
+
+
+def _serve(orders: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
+    """What a worker's process does."""
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    logging.basicConfig(level=logging.ERROR)
+    warnings.simplefilter("ignore")
+    towers.one_thread_each()
+    model: towers.Towers | None = None
+    while True:
+        try:
+            order = orders.recv()
+        except EOFError:
+            return
+        try:
+            model = model or towers.for_spec(spec, device, pretrained)
+        except Exception as error:
+            orders.send(Failure(_explain(order.work.unit.shard, error)))
+        else:
+            orders.send(attempt(order, model, orders.send))
+
+
+def _end_with_launcher() -> None:
+    """A launcher that was killed can tell nobody."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    connection.wait([launcher.sentinel])
+    os._exit(1)
