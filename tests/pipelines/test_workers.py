@@ -1,0 +1,105 @@
+"""Worker processes: what becomes of units, processes and launchers that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusion_core import shards, table, towers, unit
+from pipelines import cli, workers
+from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
+from tests.corpora import pairs, write_tar
+
+
+def command(folder: Path) -> list[str]:
+    return ["embed", "--input", f"{folder}/*.tar", "--output", f"{folder}/table", "--model", towers.DEMO, "--quiet"]
+
+
+def children(pid: int) -> set[int]:
+    """Every process below `pid` that is still there."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == pid:
+            found |= {int(path.name)} | children(int(path.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def order(folder: Path, name: str, n: int) -> workers.Order:
+    shard = write_tar(folder / f"{name}.tar", pairs(n))
+    spec = table.claim(str(folder / "table"), TableSpec(towers.load(towers.DEMO).spec, InputSpec()))
+    (planned,) = shards.plan([str(shard)], spec.input)
+    return workers.Order(unit.Work(planned), str(folder / "table"), spec)
+
+
+def test_a_worker_serves_unit_after_unit_and_tells_of_progress(tmp_path: Path) -> None:
+    told: list[int] = []
+    orders = [order(tmp_path, "a", 5), order(tmp_path, "b", 70)]
+    seen = []
+    for each in orders:
+        with workers.borrowed(each.spec.tower, "cpu", "") as worker:
+            record = worker.run(each, told.append)
+            assert isinstance(record, ManifestRecord)
+            seen.append((record.rows_out, worker._process.pid))
+    assert [rows for rows, _ in seen] == [5, 70] and sum(told) == 75
+    assert seen[0][1] == seen[1][1] != os.getpid()
+    assert table.Table.open(str(tmp_path / "table")).num_rows == 75
+
+
+def test_what_happens_to_a_process_costs_its_unit_only(tmp_path: Path) -> None:
+    first, second = order(tmp_path, "a", 400), order(tmp_path, "b", 3)
+    with workers.borrowed(first.spec.tower, "cpu", "") as worker:
+        pid = worker._process.pid
+        assert pid is not None
+        failure = worker.run(first, lambda n: os.kill(pid, signal.SIGSEGV))
+    assert isinstance(failure, workers.Failure) and "a.tar: its process crashed (SIGSEGV)" in failure.why
+    with workers.borrowed(second.spec.tower, "cpu", "") as worker:
+        assert isinstance(worker.run(second, lambda n: None), ManifestRecord)
+    assert [record.unit.shard for record in table.Table.open(str(tmp_path / "table")).records] == [
+        second.work.unit.shard
+    ]
+    with workers.borrowed(first.spec.tower, "cpu", "") as worker:
+        assert isinstance(worker.run(first, lambda n: None), ManifestRecord)
+
+
+def test_towers_that_cannot_be_had_are_said(tmp_path: Path) -> None:
+    given = order(tmp_path, "a", 1)
+    with workers.borrowed(given.spec.tower, "cpu", str(tmp_path / "moved.safetensors")) as worker:
+        failure = worker.run(given, lambda n: None)
+    assert isinstance(failure, workers.Failure) and "a.tar: TowerError" in failure.why
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_workers_end_with_their_launcher(tmp_path: Path, how: signal.Signals) -> None:
+    for i in range(6):
+        write_tar(tmp_path / f"{i}.tar", pairs(300, size=(400, 300)))
+    argv = [sys.executable, "-m", "pipelines.cli", *command(tmp_path), "--workers", "2"]
+    launcher = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "table" / "manifest").glob("*")):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    below = children(launcher.pid)
+    assert len(below) >= 3, "the server and two workers"
+    launcher.send_signal(how)
+    _, said = launcher.communicate()
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 10
+    while any(map(is_running, below)):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
+    assert cli.main(command(tmp_path)) == 0
+    assert table.Table.open(str(tmp_path / "table")).num_rows == 1800
