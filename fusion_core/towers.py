@@ -61,11 +61,12 @@ class Towers:
         self.spec = spec
         self.device = device
         self.batch = _rows_in_a_forward(model, device)
-        self._torch = torch
+        self._torch: Any = torch
         self._model = model
         self._tokenizer = tokenizer
         self._shortened: dict[int, Any] = {}  # by context length
         self._tokenizing = threading.Lock()  # Hugging Face's tokenizers do not like two callers
+        self._copies = None if device == "cpu" else self._torch.cuda.Stream(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         # (pixel / 255 - mean) / std as one multiply-add over rows of width × 3 values
         mean, std = (torch.tensor(values) for values in (spec.preprocess.mean, spec.preprocess.std))
@@ -79,7 +80,7 @@ class Towers:
         """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
         torch = self._torch
         with torch.inference_mode():
-            batch = torch.from_numpy(_padded(pixels, pad_to)).to(self.device)
+            batch = self._moved(_padded(pixels, pad_to))
             rows = batch.flatten(0, 1).flatten(1).to(torch.float32)
             normal = torch.addcmul(self._shift, rows, self._scale, out=rows).view(batch.shape)
             return self._unit(self._model.encode_image(normal.permute(0, 3, 1, 2).to(self._dtype)), len(pixels))
@@ -98,8 +99,20 @@ class Towers:
 
     def _embed_tokens(self, tokens: np.ndarray, pad_to: int) -> np.ndarray:
         with self._torch.inference_mode():
-            batch = self._torch.from_numpy(_padded(tokens, pad_to)).to(self.device)
+            batch = self._moved(_padded(tokens, pad_to))
             return self._unit(self._with_context(tokens.shape[1]).encode_text(batch), len(tokens))
+
+    def _moved(self, rows: np.ndarray) -> Any:
+        """The rows as a tensor on the device; on a GPU copied from pinned memory beside what it computes."""
+        torch, tensor = self._torch, self._torch.from_numpy(rows)
+        if self._copies is None:
+            return tensor
+        computes = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = tensor.pin_memory().to(self.device, non_blocking=True)
+        computes.wait_stream(self._copies)
+        moved.record_stream(computes)
+        return moved
 
     def _context_lengths(self, tokens: np.ndarray) -> np.ndarray:
         """How much of the context each row needs: its tokens up to the last that is no padding, in steps of 8.

@@ -1,30 +1,30 @@
-"""The real embedding job against the bare limits of its decoder and its towers, alternately in one process.
+"""The real embedding job against the bare limits of its decoder and its towers, alternately.
 
     python -m infra.bench.embed [--quick] [--model tiny demo vit] [--precision fp32 bf16]
 
 The job is `fusion embed` whole, run in this process through pipelines.cli after one unmeasured run, so that imports and
 the loading of the model are excluded and everything else (planning, Beam, Parquet, manifest, compaction, report) is in.
-Bare, with the same decode function, the same towers, batch, units and number of threads, no Beam, Arrow or table:
+Bare, with the same decode function, towers, batch and units in a process for each core, no Beam, Arrow or table:
 
     decode    the images' bytes, in memory, to pixels
     forward   ready pixels and ready captions through both towers
-    loop      decode and forward, batch after batch in each thread: the most that cores doing both can give
+    loop      decode and forward, batch after batch in each process: the most that cores doing both can give
 
 `÷ lower` is the job's rate by the lower of decode and forward: the target where a device does the forward. On a CPU the
 same cores do both, so `÷ loop` tells what the job itself costs, and `CPU loop ÷ job` tells it in CPU-seconds, which
-count alike when other processes take cores away. `fixed s` is the job over one sample a thread.
+count alike when other processes take cores away. `fixed s` is the job over one sample a core.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import multiprocessing
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,11 +90,29 @@ def loop(tower: towers.Towers, unit: Samples) -> None:
     tower.embed_texts(unit.captions, pad_to=len(unit.pixels))
 
 
-def bare(work: Callable[[towers.Towers, Samples], None], tower: towers.Towers, units: Sequence[Samples]) -> float:
-    """Samples per second of `work` over the units, dealt to as many threads as the job has."""
-    with ThreadPoolExecutor(measure.CORES) as pool:
-        took = measure.seconds(lambda: list(pool.map(partial(work, tower), units)))
-    return sum(len(unit.captions) for unit in units) / took
+class Bare:
+    """A process for each core, forked with the towers and the units in its memory."""
+
+    def __init__(self, tower: towers.Towers, units: Sequence[Samples]):
+        _GIVEN[:] = [tower, units]
+        self._samples, self._units = sum(len(unit.captions) for unit in units), range(len(units))
+        self._pool = ProcessPoolExecutor(measure.CORES, multiprocessing.get_context("fork"))
+        self.rate(decode)
+
+    def rate(self, work: Callable[[towers.Towers, Samples], None]) -> float:
+        """Samples per second of `work` over the units."""
+        return self._samples / measure.seconds(lambda: list(self._pool.map(partial(_on_unit, work), self._units)))
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.shutdown()
+
+
+_GIVEN: list[Any] = []  # towers and units
+
+
+def _on_unit(work: Callable[[towers.Towers, Samples], None], unit: int) -> None:
+    work(_GIVEN[0], _GIVEN[1][unit])
 
 
 def job(paths: Sequence[Path], model: Model, precision: str, samples: int) -> float:
@@ -112,9 +130,9 @@ def job(paths: Sequence[Path], model: Model, precision: str, samples: int) -> fl
 
 def count_cpu(case: Callable[[], float], seconds: list[float]) -> float:
     """What the case returns; the CPU-seconds that it took are appended."""
-    start = time.process_time()
+    start = measure.cpu_seconds()
     result = case()
-    seconds.append(time.process_time() - start)
+    seconds.append(measure.cpu_seconds() - start)
     return result
 
 
@@ -133,15 +151,17 @@ def row(model: Model, precision: str, pairs: int, args: argparse.Namespace) -> l
     units = load(paths, tower, batch)
     if sum(len(unit.captions) for unit in units) != pairs:
         raise RuntimeError(f"{paths[0].parent} does not hold {pairs} pairs: remove it")
+    bare = Bare(tower, units)  # before Beam starts threads, which do not fork well
     job(tiny, model, precision, measure.CORES)
     cpu: dict[str, list[float]] = {}
     cases = {
         "job": partial(job, paths, model, precision, pairs),
-        **{work.__name__: partial(bare, work, tower, units) for work in (decode, forward, loop)},
+        **{work.__name__: partial(bare.rate, work) for work in (decode, forward, loop)},
         "fixed": lambda: 1 / job(tiny, model, precision, 1),
     }
     counted = {name: partial(count_cpu, case, cpu.setdefault(name, [])) for name, case in cases.items()}
     found = measure.alternately(counted, args.repeats, warm=False)
+    bare.close()
     rates = [found[name] for name in ("job", "decode", "forward", "loop")]
     ratios = [found["job"] / min(found["decode"], found["forward"]), found["job"] / found["loop"]]
     ratios.append(statistics.median(cpu["loop"]) / statistics.median(cpu["job"]))

@@ -3,18 +3,20 @@
     python -m infra.bench.job embed --input … --output … --model …
 
 `job_seconds` is `pipelines.embed.run`: pipeline, units, manifest, compaction. What comes before (imports, planning,
-loading the model) and after (the report) is `other_seconds`. `peak_bytes` is the process's VmHWM. `job_cpu_seconds`
-are those of the job, on all cores.
+loading the model) and after (the report) is `other_seconds`. `job_cpu_seconds` are those of the job, in all its
+processes; `peak_bytes` is the most memory that they had together, what several share counted once.
 """
 
 import json
-import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from infra.bench import measure
 
 _STARTED = time.perf_counter()
 
@@ -30,10 +32,21 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def peak_bytes() -> int:
-    """The most memory this process ever had resident."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+class Peak:
+    """The most memory that this process and those below it had together, looked at five times a second."""
+
+    def __init__(self) -> None:
+        self.size_bytes, self._ended = 0, threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.2):
+            self.size_bytes = max(self.size_bytes, measure.memory_bytes())
+
+    def end(self) -> int:
+        """No more looking; the peak."""
+        self._ended.set()
+        return self.size_bytes
 
 
 def main() -> int:
@@ -41,20 +54,20 @@ def main() -> int:
     from pipelines import cli, embed
 
     spent = cpu = 0.0
-    job = embed.run
+    job, peak = embed.run, Peak()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal spent, cpu
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), measure.cpu_seconds()
         try:
             return job(*args, **kwargs)
         finally:
-            spent, cpu = time.perf_counter() - start, time.process_time() - cpu
+            spent, cpu = time.perf_counter() - start, measure.cpu_seconds() - cpu
 
     embed.run = watched
     code = cli.main(sys.argv[1:])
     whole = time.perf_counter() - _STARTED
-    found = {"job_seconds": spent, "job_cpu_seconds": cpu, "other_seconds": whole - spent, "peak_bytes": peak_bytes()}
+    found = {"job_seconds": spent, "job_cpu_seconds": cpu, "other_seconds": whole - spent, "peak_bytes": peak.end()}
     print(json.dumps(found))
     return code
 

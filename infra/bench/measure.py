@@ -5,8 +5,10 @@ meanwhile: where it is not near 0, run it again.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -49,8 +51,44 @@ def alternately(cases: Mapping[str, Callable[[], float]], repeats: int, warm: bo
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def family() -> list[int]:
+    """This process and all that live below it."""
+    below: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            below.setdefault(int(_stat(int(path.name))[1]), []).append(int(path.name))
+    found = [os.getpid()]
+    for pid in found:
+        found += below.get(pid, [])
+    return found
+
+
+def cpu_seconds() -> float:
+    """Of this process, of all that live below it, and of those that ended there."""
+    ticks = 0
+    for pid in family():
+        with contextlib.suppress(OSError):
+            ticks += sum(map(int, _stat(pid)[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes() -> int:
+    """Of this process and all that live below it now; what several share counts once (PSS)."""
+    kibibytes = 0
+    for pid in family():
+        with contextlib.suppress(OSError):
+            found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            kibibytes += int(found[1]) if found else 0
+    return kibibytes * 1024
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from the process's state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 class Load:
-    """How many cores other processes kept busy since this was made; children count as ours once they have ended."""
+    """How many cores other processes kept busy since this was made."""
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -64,7 +102,7 @@ class Load:
     def _now() -> tuple[float, float, float]:
         user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
         busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4]), time.perf_counter()
+        return busy, cpu_seconds(), time.perf_counter()
 
 
 def tell(

@@ -130,13 +130,13 @@ def main() -> None:
     parser = measure.arguments("peer", __doc__, repeats=2)
     parser.add_argument("--model", nargs="+", choices=models.NAMES, default=models.NAMES)
     parser.add_argument("--precision", nargs="+", default=["auto", "fp32"], help="ours; the first is compared with")
-    parser.add_argument("--pairs", type=int, help="samples (default: 6144, with vit 1024)")
+    parser.add_argument("--pairs", type=int, help="samples (default: 12288, with vit 1024)")
     args = parser.parse_args()
     environment(args.cache)
     load, found = measure.Load(), []
     for name in args.model:
         model = models.named(name, args.cache)
-        pairs = args.pairs or (1024 if name == "vit" else 6144) // (8 if args.quick else 1)
+        pairs = args.pairs or (1024 if name == "vit" else 12288) // (8 if args.quick else 1)
         found += rows(name, model, pairs, args.precision, args)
     measure.tell("peer", args, load, COLUMNS, found, packages=PACKAGES)
 

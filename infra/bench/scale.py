@@ -2,8 +2,9 @@
 
     python -m infra.bench.scale [--quick]
 
-Each job is a process of its own (infra/bench/job.py): its VmHWM, and samples by the seconds of the job proper, without
-imports and the loading of the model. Larger inputs have more shards; `one shard` has all of 4 times the input in one.
+Each job is a process of its own (infra/bench/job.py): its peak memory with its workers', and samples by the seconds of
+the job proper, without imports and the loading of the model. Larger inputs have more shards; `one shard` has all of 4
+times the input in one.
 """
 
 import os

@@ -172,6 +172,24 @@ def test_a_model_that_does_not_compute_says_so(tmp_path: Path) -> None:
         towers.load(str(folder), device="cpu", precision="fp32")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999), ("bf16", 0.999), ("fp16", 0.9999)])
+def test_a_gpu_gives_the_vectors_of_the_cpu(vit: Path, precision: str, least: float) -> None:
+    model = towers.load(str(vit), device="cuda", precision=precision)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    reference = towers.load(str(vit), device="cpu", precision="fp32").embed_images(pixels)
+    found: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: found.append(model.embed_images(pixels, 64))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for vectors in found:
+        assert cosines(vectors, reference).min() >= least
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_vit_b_32_is_open_clips(tmp_path: Path, precision: str) -> None:
