@@ -145,9 +145,11 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
     from fusion_core import report, table
-    from pipelines import embed
+    from pipelines import embed, workers
 
     knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
+    if planned.work and embed.runs_apart(knobs) and not any(option.startswith("--runner") for option in rest):
+        workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)

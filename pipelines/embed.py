@@ -59,6 +59,11 @@ class Outcome(NamedTuple):
     rows_dead: int
 
 
+def runs_apart(knobs: Knobs) -> bool:
+    """Whether units run in processes of their own: several at once, on a CPU."""
+    return knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
+
+
 class RunUnit(beam.DoFn):  # type: ignore[misc]
     """Work in, Outcome out; a unit that fails does not take its neighbours along."""
 
@@ -69,7 +74,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
 
     def setup(self) -> None:
         """Takes this process's copy of the towers, unless units run in processes of their own."""
-        self._apart = self._knobs.threads > 1 and towers.pick_device(self._knobs.device) == "cpu"
+        self._apart = runs_apart(self._knobs)
         if not self._apart:
             towers.one_thread_each()
             self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)

@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from typing import Any
@@ -69,6 +69,12 @@ class Worker:
         result: ManifestRecord | Failure = said
         return result
 
+    def wait(self) -> None:
+        """Returns when the towers are loaded; a process that failed to says so at its first unit."""
+        with suppress(EOFError, ConnectionError):
+            self._connection.send(None)
+            self._connection.recv()
+
     @property
     def is_alive(self) -> bool:
         """Whether it can take another unit."""
@@ -78,6 +84,13 @@ class Worker:
         """Ends the process."""
         self._connection.close()
         self._process.join()
+
+
+def start(n: int, spec: TowerSpec, device: str, pretrained: str) -> None:
+    """Has `n` workers with these towers ready."""
+    with ExitStack() as stack:
+        for worker in [stack.enter_context(borrowed(spec, device, pretrained)) for _ in range(n)]:
+            worker.wait()
 
 
 @contextmanager
@@ -141,16 +154,19 @@ def _serve(orders: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.simplefilter("ignore")
     towers.one_thread_each()
-    model: towers.Towers | None = None
+    try:
+        model: towers.Towers | Exception = towers.for_spec(spec, device, pretrained)
+    except Exception as error:
+        model = error
     while True:
         try:
             order = orders.recv()
         except EOFError:
             return
-        try:
-            model = model or towers.for_spec(spec, device, pretrained)
-        except Exception as error:
-            orders.send(Failure(_explain(order.work.unit.shard, error)))
+        if order is None:
+            orders.send(0)
+        elif isinstance(model, Exception):
+            orders.send(Failure(_explain(order.work.unit.shard, model)))
         else:
             orders.send(attempt(order, model, orders.send))
 

@@ -36,7 +36,7 @@ def embed(inputs: Sequence[str], workers: int) -> dict[str, Any]:
     """What the job cost."""
     with tempfile.TemporaryDirectory(prefix="fusion-bench-") as place:
         argv = ["--input", *inputs, "--output", f"{place}/table", "--model", towers.DEMO]
-        return job.run(["embed", *argv, "--workers", str(workers), "--device", "cpu", "--quiet"])
+        return job.run(["embed", *argv, "--workers", str(workers), "--device", "cpu", "--quiet"], peak=True)
 
 
 def main() -> None:
