@@ -25,6 +25,7 @@ from fusion_core import towers, unit
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_READY, _END = "are you ready?", "end"
 _LOCK = threading.Lock()
 _IDLE: list["Worker"] = []
 
@@ -72,7 +73,7 @@ class Worker:
     def wait(self) -> None:
         """Returns when the towers are loaded; a process that failed to says so at its first unit."""
         with suppress(EOFError, ConnectionError):
-            self._connection.send(None)
+            self._connection.send(_READY)
             self._connection.recv()
 
     @property
@@ -81,9 +82,11 @@ class Worker:
         return self._process.is_alive()
 
     def close(self) -> None:
-        """Ends the process."""
-        self._connection.close()
+        """Ends the process: by a word, as others forked from this one may hold the connection, too."""
+        with suppress(ConnectionError):
+            self._connection.send(_END)
         self._process.join()
+        self._connection.close()
 
 
 def start(n: int, spec: TowerSpec, device: str, pretrained: str) -> None:
@@ -163,7 +166,9 @@ def _serve(orders: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
             order = orders.recv()
         except EOFError:
             return
-        if order is None:
+        if order == _END:
+            return
+        if order == _READY:
             orders.send(0)
         elif isinstance(model, Exception):
             orders.send(Failure(_explain(order.work.unit.shard, model)))
