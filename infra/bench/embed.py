@@ -146,8 +146,8 @@ def row(model: Model, precision: str, pairs: int, args: argparse.Namespace) -> l
     tower = towers.load(model.name, model.pretrained, "cpu", precision)
     precision, batch = tower.spec.precision, tower.batch
     towers.one_thread_each()
-    paths = photos.write_shards(args.cache, "small", pairs, (1 if model.pretrained else 4) * measure.CORES)
-    tiny = photos.write_shards(args.cache, "small", measure.CORES, measure.CORES)
+    paths = photos.write_shards(args.cache, args.kind, pairs, (1 if model.pretrained else 4) * measure.CORES)
+    tiny = photos.write_shards(args.cache, args.kind, measure.CORES, measure.CORES)
     units = load(paths, tower, batch)
     if sum(len(unit.captions) for unit in units) != pairs:
         raise RuntimeError(f"{paths[0].parent} does not hold {pairs} pairs: remove it")
@@ -173,6 +173,7 @@ def main() -> None:
     parser = measure.arguments("embed", __doc__)
     parser.add_argument("--model", nargs="+", choices=models.NAMES, default=models.NAMES)
     parser.add_argument("--precision", nargs="+", default=["auto"])
+    parser.add_argument("--kind", choices=photos.KINDS, default="small", help="of photograph (default: %(default)s)")
     parser.add_argument("--pairs", type=int, help="samples (default: 6144, with vit 1024)")
     args = parser.parse_args()
     load, rows = measure.Load(), []
