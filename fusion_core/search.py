@@ -156,7 +156,7 @@ class Searcher:
                 if query.vector is not None:
                     one.vectors = [_unit(query.vector, self.index.record.dim)]
                 elif query.id is not None or query.key is not None:
-                    one.row = _the_row(query, by_key)
+                    one.row = _the_row(query, by_key, self.index.record.rows_table)
                     one.vectors = list(self.index.vectors([one.row]))
                 else:
                     text = None if query.text is None else of_text[query.text]
@@ -365,9 +365,12 @@ def _ids_by_key(index: Index, keys: set[str]) -> dict[str, list[int]]:
     return found
 
 
-def _the_row(query: Query, by_key: Mapping[str, list[int]]) -> int:
-    if query.key is None:
-        return int(query.id)  # type: ignore[arg-type]
+def _the_row(query: Query, by_key: Mapping[str, list[int]], rows: int) -> int:
+    if query.id is not None:
+        if not 0 <= query.id < rows:
+            raise BadQuery(f"no row has the id {query.id}: ids are 0 to {rows - 1}")
+        return int(query.id)
+    assert query.key is not None
     ids = by_key.get(query.key, [])
     if not ids:
         raise BadQuery(f"no row has the key {query.key!r}")
