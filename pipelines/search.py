@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     what, how = ({name: getattr(args, name) for name in names} for names in (_WHAT, _HOW))
     if args.queries and (given := [name for name, value in what.items() if value is not None]):
         raise BadQuery(f"--queries names a file with the queries: leave out --{given[0]}")
+    if args.queries and not Path(args.queries).exists():
+        raise BadQuery(f"there is no file of queries {args.queries}")
     searcher = search.open(args.index, args.device, args.pretrained)
     if args.queries:
         return _answer_file(args, searcher, how)
