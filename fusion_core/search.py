@@ -107,7 +107,7 @@ class Searcher:
         same k) through one search. Raises TowerError and BadIndex, which are no query's fault.
         """
         asked = [_Asked(query) for query in queries]
-        for step in (self._check, self._decode, self._embed, self._filter, self._find, self._rank):
+        for step in (self._check, self._filter, self._decode, self._embed, self._find, self._rank):
             step([one for one in asked if one.wrong is None])
         ids = np.concatenate([np.empty(0, np.int64), *(one.ids for one in asked)])
         rows = self.index.meta(ids)
