@@ -113,6 +113,30 @@ def read_bytes(place: str) -> bytes:
         return stream.read()
 
 
+def fetch_url(url: str, max_bytes: int, timeout_seconds: float = 20) -> bytes:
+    """What an http or https URL gives, redirected or not. Raises OSError, also for more than `max_bytes`."""
+    import http.client
+    import urllib.request as web
+
+    opener = web.OpenerDirector()  # the usual one would follow a redirection to ftp, and read file:// and data: URLs
+    for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler, web.UnknownHandler,
+                    web.HTTPRedirectHandler, web.HTTPErrorProcessor, web.HTTPDefaultErrorHandler):  # fmt: skip
+        opener.add_handler(handler())
+    deadline = time.monotonic() + timeout_seconds
+    data = bytearray()
+    try:
+        with opener.open(web.Request(url, headers={"User-Agent": "fusion"}), timeout=timeout_seconds) as response:
+            while block := response.read1(64 << 10):
+                data += block
+                if len(data) > max_bytes:
+                    raise OSError(f"it has more than the {max_bytes:,} bytes that are read")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it takes longer than {timeout_seconds:g} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"cannot fetch {url}: {error}") from error
+    return bytes(data)
+
+
 def sha256(place: str) -> str:
     """SHA-256 (hex) of the file's bytes."""
     with open_input(place) as stream:

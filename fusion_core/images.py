@@ -73,6 +73,11 @@ class Decoded:
     height: int
 
 
+def format_of(image: bytes) -> str:
+    """JPEG, PNG, WebP, GIF, BMP or TIFF, told from the first bytes; raises BadImage for all else."""
+    return _format(image)[0]
+
+
 def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
     """The first frame of an encoded JPEG, PNG, WebP, GIF, BMP or TIFF, resized and cropped; raises only BadImage.
 

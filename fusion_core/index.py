@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,8 @@ _HEADER = struct.Struct("<4siqqqBi")  # fourcc, dim, vectors, two unused, is tra
 _INNER_PRODUCT = 0  # in that header
 _OWN_FILE = re.compile(r"(vectors|meta)-[0-9a-f]{8}\.(faiss|arrow)")
 _BLOCK_ROWS = 16_384
+_EXACT_AMONG = 8_192  # a search among no more than these rows is exact
+_SCAN_SHARE = 128  # one vector read by its id costs as much as passing over these many
 _META_BATCH_ROWS = 65_536
 _TRAIN_PER_LIST = 64
 _MIN_TRAIN_PER_LIST = 39  # below this FAISS itself warns that cells are guesses
@@ -181,6 +184,8 @@ class Index:
         self._faiss = searchable
         self._batches = batches
         self._batch_rows = batches[0].num_rows if batches else 1
+        self._stored: _Stored | None = None
+        self._storing = threading.Lock()
 
     @classmethod
     def open(cls, place: str, verify: bool = True) -> "Index":
@@ -209,10 +214,14 @@ class Index:
             batches = _read_meta(meta, record)
             return cls(place, record, _read_vectors(vectors, record), batches)
 
-    def search(self, vectors: Floats, k: int, nprobe: int | None = None) -> tuple[Floats, Ids]:
+    def search(
+        self, vectors: Floats, k: int, nprobe: int | None = None, allowed: Ids | None = None
+    ) -> tuple[Floats, Ids]:
         """Scores [q, k] float32, falling, and ids [q, k] int64 of the best rows, padded with -inf and -1.
 
-        There are min(k, rows indexed) answers to each query. `nprobe` overrides the measured one.
+        There are min(k, rows indexed) answers to each query. `nprobe` overrides the measured one. `allowed`, ascending
+        ids, restricts the answers to these rows, be they indexed or not: few are searched exactly, among many as many
+        more cells are visited as they are fewer than all.
         """
         vectors = _checked_queries(vectors, self.record.dim, k)
         if nprobe is not None and nprobe < 1:
@@ -222,8 +231,38 @@ class Index:
         full = min(k, self.record.rows_indexed)
         if full and len(vectors):
             probes = nprobe if nprobe is not None else self.record.parameters.get("nprobe", 1)
-            scores[:, :full], ids[:, :full] = _search(self._faiss, vectors, full, probes)
+            if allowed is None:
+                scores[:, :full], ids[:, :full] = _search(self._faiss, vectors, full, probes)
+            else:
+                stored = self._by_id()
+                among = stored.among(allowed)
+                full = min(full, len(among))
+                scores[:, :full], ids[:, :full] = _search_among(self._faiss, stored, vectors, full, probes, among)
         return scores, ids
+
+    def vectors(self, ids: Ids | Sequence[int]) -> Floats:
+        """The vectors of these ids as the index stores them, float32 [n, D]. Raises ValueError for an id without one.
+
+        The first call reads where each vector lies: 9 bytes of memory a row of the table.
+        """
+        wanted = np.asarray(ids, np.int64).reshape(-1)
+        stored = self._by_id()
+        absent = np.setdiff1d(wanted, stored.among(np.unique(wanted)))
+        if len(absent):
+            rows = self.record.rows_table
+            why = f"has no {self.record.column}" if 0 <= absent[0] < rows else f"is none of the table's 0..{rows - 1}"
+            raise ValueError(f"{self.place} holds no vector of row {absent[0]}: it {why}")
+        return stored.take(wanted)
+
+    def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of META of every row of the table, indexed or not, in id order."""
+        return (batch.select(list(columns)) for batch in self._batches)
+
+    def _by_id(self) -> "_Stored":
+        with self._storing:
+            if self._stored is None:
+                self._stored = _Stored(self._faiss, self.record.rows_table, self.place)
+            return self._stored
 
     def meta(self, ids: Ids | Sequence[int]) -> pa.Table:
         """The rows (META) of these ids, in their order."""
@@ -255,6 +294,87 @@ class Index:
             raise BadIndex(
                 f"{self.place} is not of {table.place} as it is now ({_difference(ours, theirs)}): build the index anew"
             )
+
+
+class _Stored:
+    """The vectors of a FAISS index by their id."""
+
+    def __init__(self, index: Any, rows: int, place: str):
+        """`rows`: ids lie below this number. Raises BadIndex for others."""
+        self._index = index
+        cells = [faiss.vector_to_array(index.id_map)] if not hasattr(index, "nlist") else _ids_by_cell(index)
+        places = np.full(rows, -1, np.int64)
+        for cell, ids in enumerate(cells):
+            if len(ids) and not (ids.min() >= 0 and ids.max() < rows):
+                raise BadIndex(f"{place} holds ids outside 0..{rows - 1}: build the index anew")
+            places[ids] = (cell << 32) | np.arange(len(ids))
+        if hasattr(index, "nlist"):  # FAISS makes this map itself only where every id below ntotal is there
+            faiss.copy_array_to_vector(places, index.direct_map.array)
+            index.direct_map.type = faiss.DirectMap.Array
+        self._present = places >= 0
+
+    def among(self, ids: Ids) -> Ids:
+        """Those of the ids that have a vector."""
+        ids = ids[(ids >= 0) & (ids < len(self._present))]
+        return ids[self._present[ids]]
+
+    def take(self, ids: Ids) -> Floats:
+        """Vectors [n, D] of ids that have one."""
+        vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(ids))
+        return vectors
+
+
+def _ids_by_cell(index: Any) -> Iterator[Ids]:
+    for cell in range(index.nlist):
+        size = index.invlists.list_size(cell)
+        yield faiss.rev_swig_ptr(index.invlists.get_ids(cell), size) if size else np.empty(0, np.int64)
+
+
+def _search_among(index: Any, stored: _Stored, vectors: Floats, k: int, nprobe: int, among: Ids) -> tuple[Floats, Ids]:
+    """The best `k` of the ids `among` (ascending, at least `k`, all indexed).
+
+    A query without a filter meets the vectors of nprobe cells; a query among fewer rows visits as many more cells as it
+    takes to meet as many of these, so that it finds at least as large a share of the true best.
+    """
+    if not k:
+        return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
+    if len(among) <= index.ntotal // _SCAN_SHARE:
+        return _scan(stored, vectors, k, among)
+    selector = faiss.IDSelectorBitmap(_bitmap(among))
+    if not hasattr(index, "nlist"):
+        scores, ids = index.search(vectors, k, params=faiss.SearchParameters(sel=selector))
+        return scores, ids
+    enough = index.nlist if len(among) <= _EXACT_AMONG else math.ceil(nprobe * index.ntotal / len(among))
+    return _search_selected(index, vectors, k, enough, selector)
+
+
+def _search_selected(index: Any, vectors: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Ids]:
+    nprobe = min(nprobe, index.nlist)
+    scores, ids = index.search(vectors, k, params=faiss.SearchParametersIVF(nprobe=nprobe, sel=selector))
+    short = ids[:, -1] < 0
+    if nprobe < index.nlist and short.any():
+        scores[short], ids[short] = _search_selected(index, vectors[short], k, 4 * nprobe, selector)
+    return scores, ids
+
+
+def _scan(stored: _Stored, vectors: Floats, k: int, among: Ids) -> tuple[Floats, Ids]:
+    """The true `k` best of the ids `among`; among equal scores the lower id comes first."""
+    scores = np.full((len(vectors), k), -np.inf, np.float32)
+    ids = np.full((len(vectors), k), -1, np.int64)
+    for start in range(0, len(among), _BLOCK_ROWS):
+        block = among[start : start + _BLOCK_ROWS]
+        found, places = faiss.knn(vectors, stored.take(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, ids = _best(np.hstack([scores, found]), np.hstack([ids, block[places]]), k)
+    return scores, ids
+
+
+def _bitmap(ids: Ids) -> npt.NDArray[np.uint8]:
+    """One bit for each id up to the last of `ids` (ascending), without a byte for each on the way."""
+    bits = np.zeros(int(ids[-1]) // 8 + 1, np.uint8)
+    for start in range(0, len(ids), _BLOCK_ROWS):
+        block = ids[start : start + _BLOCK_ROWS]
+        np.bitwise_or.at(bits, block >> 3, np.left_shift(1, block & 7).astype(np.uint8))
+    return bits
 
 
 def _difference(ours: list[tuple[str, str]], theirs: list[tuple[str, str]]) -> str:

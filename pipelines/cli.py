@@ -54,6 +54,7 @@ def _expected(error: Exception) -> int | None:
         "FuserError",
         "SchemaMismatch",
         "BadIndex",
+        "BadQuery",
         "WrongSpace",
         "BadImage",
     }
@@ -243,32 +244,9 @@ def _index(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _search(args: argparse.Namespace, _: list[str]) -> int:
-    from pathlib import Path
+    from pipelines import search
 
-    from fusion_core import files, index, search, towers
-
-    found = index.Index.open(files.absolute(args.index))
-    spec = found.record.table_spec.tower
-    searcher = search.Searcher(found, towers.for_spec(spec, args.device, args.pretrained))
-    try:
-        image = Path(args.image).read_bytes() if args.image else None
-        rows = searcher.search(text=args.text, image=image, k=args.k, image_weight=args.image_weight).to_pylist()
-    except (ValueError, OSError) as error:  # of the query: the index is open
-        print(f"fusion search: {error}", file=sys.stderr)
-        return USAGE
-    if args.json:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False, default=bytes.hex))
-        return DONE
-    print(f"{'rank':>4}  {'score':>7}  {'key':<20}  caption  [shard offset+length]")
-    for row in rows:
-        where = (
-            f"{row['shard']} {row['offset']}+{row['length']}"
-            if row["offset"] is not None
-            else f"{row['shard']} row {row['row']}"
-        )
-        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['key']:<20}  {row['caption'] or ''}  [{where}]")
-    return DONE
+    return search.run(args)
 
 
 def _demo(args: argparse.Namespace, _: list[str]) -> int:

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 
 from schemas.feature_table import InputSpec
+from schemas.index import META
 
 _DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
 
@@ -22,7 +23,7 @@ def build() -> argparse.ArgumentParser:
     _retry(_command(commands, "retry", "the dead letters again, after a repair"))
     _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
-    _search(_command(commands, "search", "search an index by text, by image, or by both"))
+    _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
     return parser
 
 
@@ -118,12 +119,38 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", metavar="INDEX", help="the index's folder")
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", metavar="FILE", help="what to look for, as a picture")
+    parser.add_argument("--key", help="more like the row of this key")
+    parser.add_argument("--id", type=int, metavar="N", help="more like this row of the table")
+    parser.add_argument(
+        "--queries", metavar="FILE",
+        help="many queries: a text on each line, or an object with text, image, vector, id, key, k, image_weight, "
+        "by_rank, where, collapse, diversity; answers are JSON lines with the number of the query's line",
+    )  # fmt: skip
     parser.add_argument(
         "--image-weight",
         type=float,
         default=0.5,
         help="of the image, 0 to 1, when both are given (default: %(default)s)",
     )
+    parser.add_argument(
+        "--by-rank", action="store_true",
+        help="search by text and by image and join the two rankings (reciprocal rank fusion), instead of weighing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--where", metavar="CONDITION",
+        help="only rows for which this holds, as in SQL: \"width >= 512 and (similarity > 0.28 or caption ilike "
+        f"'%%dog%%')\"; columns: {', '.join(META.names)}; = != < <= > >= in (…) like ilike is null and or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--collapse", type=float, metavar="COSINE",
+        help="drop results closer than this to a better one, and copies of its picture (0 to 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--diversity", type=float, default=0.0, metavar="SHARE",
+        help="0 (the best) to 1 (the most different) of the best 4 k: maximal marginal relevance (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--save-images", metavar="DIR", help="write the pictures found, from their shards, as RANK-KEY")
+    parser.add_argument("--allow-url", action="store_true", help="--image may be an http or https URL")
     parser.add_argument("-k", type=positive, default=10, help="how many results (default: %(default)s)")
     parser.add_argument(
         "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"

@@ -580,3 +580,85 @@ def test_an_index_on_an_object_store_is_written_and_opened(
     monkeypatch.setattr(index.faiss, "read_index", never)
     with pytest.raises(BadIndex, match=r"test://bucket/index/vectors-.*SHA-256"):
         Index.open("test://bucket/index")
+
+
+# --- a search among some rows only, and vectors by id
+
+
+def assert_exact_among(opened: Index, queries: np.ndarray, vectors: np.ndarray, allowed: np.ndarray, k: int) -> None:
+    """`allowed`: ids, all of them indexed."""
+    scores, ids = opened.search(queries.astype(np.float32), k, allowed=allowed)
+    best, expected = brute_force(queries, vectors[allowed], allowed, k)
+    wanted = expected.shape[1]
+    np.testing.assert_array_equal(ids[:, :wanted], expected)
+    np.testing.assert_allclose(scores[:, :wanted], best, atol=1e-5)
+    assert (ids[:, wanted:] == -1).all() and (scores[:, wanted:] == -np.inf).all()
+
+
+@pytest.fixture(scope="module", params=["flat", "inverted file"])
+def either(request: pytest.FixtureRequest, large: Any, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    place = tmp_path_factory.mktemp("either")
+    index.build(large[0], str(place), exact_rows=10_000 if request.param == "flat" else 1000)
+    return Index.open(str(place))
+
+
+@pytest.mark.parametrize("share", [0, 1, 2, 9, 60, 61, 62, 63, 64, 500, 4000, 8000])
+def test_a_search_among_some_rows_is_exact(large: Any, either: Index, share: int) -> None:
+    _, image, text = large
+    allowed = np.sort(np.random.default_rng(share).choice(8000, share, replace=False))
+    for queries in (text[:20], image[:3]):
+        assert_exact_among(either, queries, image, allowed, 12)
+    assert_exact_among(either, text[:1], image, allowed, 700)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+def test_a_search_among_many_rows_finds_as_large_a_share_as_one_among_all(
+    large: Any, approximate: Any, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr(index, "_EXACT_AMONG", 0)  # as if the table were much larger
+    _, image, text = large
+    opened = Index.open(str(approximate[1]))
+    allowed = np.flatnonzero(np.random.default_rng(0).random(8000) < share)
+    _, ids = opened.search(text[:500].astype(np.float32), 10, allowed=allowed)
+    _, expected = brute_force(text[:500], image[allowed], allowed, 10)
+    found = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), expected.tolist(), strict=True)])
+    assert found >= 0.95
+    assert np.isin(ids, allowed).all()
+    everything = opened.search(text[:2].astype(np.float32), len(allowed), nprobe=1, allowed=allowed)[1]
+    assert [sorted(row) for row in everything.tolist()] == [allowed.tolist()] * 2
+
+
+def test_rows_without_a_vector_may_be_allowed_and_are_not_found(sparse: Any, built: Path) -> None:
+    _, image, text, has_image = sparse
+    opened = Index.open(str(built))
+    allowed = np.arange(5, 400)
+    _, ids = opened.search(text[:9].astype(np.float32), 400, allowed=allowed)
+    there = allowed[has_image[5:400]]
+    _, expected = brute_force(text[:9], image[there], there, 400)
+    np.testing.assert_array_equal(ids[:, : len(there)], expected)
+    assert (ids[:, len(there) :] == -1).all()
+    assert (opened.search(text[:1].astype(np.float32), 3, allowed=np.flatnonzero(~has_image))[1] == -1).all()
+    assert (opened.search(text[:1].astype(np.float32), 3, allowed=np.array([-1, 700, 10**9]))[1] == -1).all()
+
+
+@pytest.mark.parametrize("exact_rows", [10_000, 100])
+def test_vectors_come_back_by_id_as_the_table_stores_them(sparse: Any, tmp_path: Path, exact_rows: int) -> None:
+    table, image, _, has_image = sparse
+    index.build(table, str(tmp_path), exact_rows=exact_rows)
+    opened = Index.open(str(tmp_path))
+    ids = np.random.default_rng(1).permutation(np.flatnonzero(has_image)).repeat(2)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(opened.vectors, [ids] * 4):
+            np.testing.assert_array_equal(found, image[ids].astype(np.float16).astype(np.float32))
+    assert opened.vectors([]).shape == (0, DIM)
+    absent = int(np.flatnonzero(~has_image)[0])
+    with pytest.raises(ValueError, match=f"no vector of row {absent}: it has no image_embedding"):
+        opened.vectors([int(ids[0]), absent])
+    for bad in (-1, 700, 2**62):
+        with pytest.raises(ValueError, match=rf"row {bad}: it is none of the table's 0..699"):
+            opened.vectors([bad])
+
+
+def test_a_scan_gives_every_row_in_id_order(sparse: Any, built: Path) -> None:
+    rows = pa.Table.from_batches(Index.open(str(built)).scan(["id", "key"]))
+    assert rows.to_pydict() == {"id": list(range(700)), "key": [f"key-{row}" for row in range(700)]}

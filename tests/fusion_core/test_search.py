@@ -2,6 +2,7 @@ import csv
 import hashlib
 import io
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fusion_core import fusers, images, index, readers, search, shards, towers
 from fusion_core import table as tables
 from fusion_core.demo import scenes
 from fusion_core.index import Index
-from fusion_core.search import NoImage, Searcher, WrongSpace, fetch_image
+from fusion_core.search import BadQuery, NoImage, Query, Searcher, WrongSpace, fetch_image
 from fusion_core.towers import Towers
 from schemas.feature_table import InputSpec, TableSpec, features_schema
 from schemas.index import ANSWER
@@ -93,6 +94,7 @@ def open_index(
     column: str = "image_embedding",
     fuser: str = "",
     keep: slice = slice(None),
+    key: Callable[[int], str] = "{:03d}".format,
 ) -> Index:
     """An index of the pictures (or of those in `keep`), by way of a real table."""
     made = fusers.parse(fuser, demo.spec.embedding_dim) if fuser else None
@@ -100,7 +102,7 @@ def open_index(
     rows = np.arange(ROWS)[keep]
     digests = [None if data is None else hashlib.sha256(data).digest() for data in pictures.encoded]
     columns: dict[str, Any] = {
-        "key": [f"{row:03d}" for row in rows],
+        "key": [key(row) for row in rows],
         "shard": [str(pictures.shard)] * len(rows),
         "row": rows,
         "offset": [pictures.ranges[row][0] for row in rows],
@@ -202,9 +204,210 @@ def test_an_empty_index_answers_with_no_rows(pictures: Pictures, demo: Towers, t
 
 def test_vectors_can_be_asked_without_towers(by_image: Searcher, pictures: Pictures) -> None:
     searcher = Searcher(by_image.index)
-    assert_answers(searcher.search_vector(pictures.text[0], k=4), pictures.text[0], pictures.image)
-    with pytest.raises(ValueError, match="no towers"):
+    assert_answers(searcher.search(vector=3 * pictures.text[0], k=4), pictures.text[0], pictures.image)
+    with pytest.raises(BadQuery, match="no towers"):
         searcher.search(text="a red circle")
+
+
+# --- vectors, rows, filters
+
+
+def stored(vectors: np.ndarray) -> np.ndarray:
+    """As the table has them, in float64 and of unit length (rows of zeros stay)."""
+    rows = vectors.astype(np.float16).astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def test_more_like_a_row_is_what_its_vector_finds_without_the_row(by_image: Searcher, pictures: Pictures) -> None:
+    for row in (0, 5, 47):
+        others = pictures.image.copy()
+        others[row] = 0
+        for found in (by_image.search(id=row, k=7), by_image.search(key=f"{row:03d}", k=7)):
+            assert_answers(found, pictures.image[row].astype(np.float16), others)
+    assert by_image.search(id=0, k=1000).num_rows == pictures.has_image.sum() - 1
+
+
+def test_a_filter_leaves_the_best_of_those_that_pass(by_image: Searcher, pictures: Pictures, demo: Towers) -> None:
+    for condition, passes in (
+        ("row < 20 and caption is not null", lambda row: row < 20 and row != 5),
+        ("key in ('003', '006', '007')", lambda row: row in (3, 6, 7)),
+        ("key = 'none'", lambda row: False),
+        ("row >= 0", lambda row: True),
+    ):
+        vectors = pictures.image * np.array([passes(row) for row in range(ROWS)])[:, None]
+        found = by_image.search(text="a red circle", k=30, where=condition)
+        assert_answers(found, demo.embed_texts(["a red circle"])[0], vectors)
+        assert found.num_rows == min(30, vectors.any(axis=1).sum())
+
+
+def test_the_last_filters_are_remembered_within_bounds(by_image: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    searcher = Searcher(by_image.index)
+    passes = [0]
+
+    def counted(columns: Any) -> Any:
+        passes[0] += 1
+        return Index.scan(by_image.index, columns)
+
+    monkeypatch.setattr(by_image.index, "scan", counted)
+
+    def passes_for(*limits: int) -> int:
+        before = passes[0]
+        for limit in limits:
+            assert searcher.search(id=0, where=f"row < {limit}", k=48).num_rows <= limit
+        return passes[0] - before
+
+    assert passes_for(1, 2, 3, 3, 2, 1) == 3
+    assert passes_for(*range(1, 9), *range(1, 9)) == 5  # eight are kept
+    assert passes_for(9, 8, 7, 1) == 2  # of these the last used
+    monkeypatch.setattr(search, "_CACHED_IDS", 30)
+    assert passes_for(10, 20, 10, 20, 40, 20) == 4  # 40 alone is too many to keep
+
+
+# --- many at once
+
+
+def test_queries_together_are_answered_as_alone_each_forward_and_search_once(
+    by_image: Searcher, pictures: Pictures, demo: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pictures.encoded[3]
+    queries = [
+        Query(text="a red circle", k=5),
+        Query(text="a green square", image=image, k=6, image_weight=0.3),
+        Query(image=pictures.encoded[0], k=7),
+        Query(id=9, k=5),
+        Query(key="010", k=5),
+        Query(vector=pictures.text[1], k=5),
+        Query(text="a red circle", image=image, by_rank=True, k=5),
+        Query(text="a red circle", k=5, where="row < 30"),
+        Query(text="two objects", k=5, where="row < 30", collapse=0.9, diversity=0.4),
+    ]
+    alone = [by_image.answer([query])[0] for query in queries]
+    calls = {"texts": 0, "images": 0, "search": 0}
+
+    def counted(name: str, method: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return method(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(demo, "embed_texts", counted("texts", demo.embed_texts))
+    monkeypatch.setattr(demo, "embed_images", counted("images", demo.embed_images))
+    monkeypatch.setattr(by_image.index, "search", counted("search", by_image.index.search))
+    together = by_image.answer(queries)
+    assert calls == {"texts": 1, "images": 1, "search": 4}  # 8 or 128 rows, among all or those before the thirtieth
+    for one, other in zip(alone, together, strict=True):
+        assert isinstance(one, pa.Table) and isinstance(other, pa.Table)
+        assert other.schema == ANSWER
+        assert one.drop(["score"]).equals(other.drop(["score"]))
+        np.testing.assert_allclose(one["score"].to_numpy(), other["score"].to_numpy(), atol=1e-6)
+    assert by_image.answer([]) == []
+
+
+def test_a_bad_query_does_not_lose_its_neighbours(by_image: Searcher, pictures: Pictures) -> None:
+    queries = [
+        Query(text="a red circle"),
+        Query(text="a red circle", where="widht > 3"),
+        Query(image=b"no image"),
+        Query(),
+        Query(id=6),
+        Query(key="none"),
+        Query(text="\ud800"),
+        Query(image=pictures.encoded[0]),
+    ]
+    found = by_image.answer(queries)
+    assert [isinstance(answer, BadQuery) for answer in found] == [False, *[True] * 6, False]
+    assert found[0].equals(by_image.search(text="a red circle"))
+    assert found[7]["id"][0].as_py() == 0
+
+
+def test_towers_are_loaded_by_the_first_query_that_needs_them(by_image: Searcher, demo: Towers) -> None:
+    searcher = search.open(by_image.index.place, device="cpu")
+    assert searcher.search(id=3, k=2).num_rows == 2
+    assert searcher._towers is None
+    assert searcher.search(text="a red circle", k=5).equals(by_image.search(text="a red circle", k=5))
+    assert searcher._towers is demo  # one copy per process
+
+
+# --- the order of answers
+
+
+def test_joined_by_rank_is_the_sum_of_reciprocal_ranks(by_image: Searcher, pictures: Pictures, demo: Towers) -> None:
+    data, words = pictures.encoded[3], "a green square"
+    assert data is not None
+    scores = np.zeros(ROWS)
+    for query in (demo.embed_texts([words])[0], embed_image(demo, data)):
+        ids, _ = ranking(query, pictures.image, int(pictures.has_image.sum()))
+        scores[ids] += 1 / (60 + 1 + np.arange(len(ids)))
+    expected = np.argsort(-scores, kind="stable")[:12]
+    found = by_image.search(words, data, k=12, by_rank=True)
+    assert found["id"].to_pylist() == expected.tolist()
+    np.testing.assert_allclose(found["score"].to_numpy(), scores[expected], atol=1e-7)
+    assert by_image.search(words, k=5, by_rank=True).equals(by_image.search(words, k=5))  # there is but one ranking
+
+
+def test_collapsed_answers_are_no_closer_to_each_other(by_image: Searcher, pictures: Pictures, demo: Towers) -> None:
+    vectors, query = stored(pictures.image), demo.embed_texts(["a red circle"])[0]
+    ids, scores = ranking(query, pictures.image, int(pictures.has_image.sum()))
+    for above in (0.0, 0.6, 0.9, 1.0):
+        kept: list[int] = []
+        for row in ids:
+            if not kept or (vectors[kept] @ vectors[row]).max() <= above + 1e-9:
+                kept.append(row)
+        found = by_image.search(text="a red circle", k=9, collapse=above)
+        assert found["id"].to_pylist() == kept[:9]
+        np.testing.assert_allclose(found["score"].to_numpy(), [scores[ids.index(row)] for row in kept[:9]], atol=1e-5)
+        assert found["rank"].to_pylist() == list(range(1, len(kept[:9]) + 1))
+
+
+def test_copies_of_a_picture_collapse_at_any_cosine(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
+    copies = [data and pictures.encoded[row % 5] if row < 40 else data for row, data in enumerate(pictures.encoded)]
+    twins = replace(pictures, encoded=copies)  # the same bytes; the embeddings differ, as by another resizing
+    searcher = Searcher(open_index(tmp_path, twins, demo), demo)
+    plain = searcher.search(text="a red circle", k=48).to_pylist()
+    found = searcher.search(text="a red circle", k=48, collapse=1.0).to_pylist()
+    assert len(found) == 5 + sum(data is not None for data in copies[40:])
+    first: dict[bytes, int] = {}
+    for row in plain:
+        first.setdefault(row["sha256"], row["id"])
+    assert [row["id"] for row in found] == list(first.values())
+
+
+@pytest.mark.parametrize("diversity", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("collapse", [None, 0.9])
+def test_diverse_answers_are_those_of_maximal_marginal_relevance(
+    by_image: Searcher, pictures: Pictures, demo: Towers, diversity: float, collapse: float | None
+) -> None:
+    vectors, query = stored(pictures.image), demo.embed_texts(["a red circle"])[0].astype(np.float64)
+    ids, scores = ranking(query, pictures.image, int(pictures.has_image.sum()))
+    relevance = dict(zip(ids, scores, strict=True))
+    if collapse:
+        ids = by_image.search(text="a red circle", k=100, collapse=collapse)["id"].to_pylist()
+    picked = [ids[0]]
+    while len(picked) < min(10, len(ids)):
+        value = {
+            row: (1 - diversity) * relevance[row] - diversity * (vectors[picked] @ vectors[row]).max()
+            for row in ids
+            if row not in picked
+        }
+        picked.append(max(value, key=lambda row: value[row]))
+    found = by_image.search(text="a red circle", k=10, diversity=diversity, collapse=collapse)
+    assert found["id"].to_pylist() == picked
+    np.testing.assert_allclose(found["score"].to_numpy(), [relevance[row] for row in picked], atol=1e-5)
+
+
+def test_no_diversity_is_the_plain_ranking(by_image: Searcher) -> None:
+    assert by_image.search(id=3, k=9, diversity=0).equals(by_image.search(id=3, k=9))
+
+
+def test_answers_are_rearranged_among_the_best_candidates_only(
+    by_image: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "LEAST_CANDIDATES", 1)
+    best = by_image.search(id=3, k=12)["id"].to_pylist()
+    assert set(by_image.search(id=3, k=3, diversity=1)["id"].to_pylist()) <= set(best)
+    (only,) = by_image.search(id=3, k=12, collapse=0.0)["id"].to_pylist()[:1]
+    assert only == best[0]
 
 
 # --- what is refused
@@ -222,16 +425,47 @@ def test_vectors_can_be_asked_without_towers(by_image: Searcher, pictures: Pictu
         ({"text": "x", "image_weight": float("inf")}, "got inf"),
         ({"text": "x", "image_weight": 1.1}, "got 1.1"),
         ({"text": "x", "image_weight": -0.1}, "got -0.1"),
+        ({"text": "x", "id": 3}, "not by id and text"),
+        ({"vector": np.ones(4), "key": "a"}, "not by key and vector"),
+        ({"text": 3}, "text must be text, got 3"),
+        ({"image": "a.jpg"}, "image must be bytes"),
+        ({"text": "x", "k": 2.5}, "k must be a whole number, got 2.5"),
+        ({"text": "x", "k": True}, "k must be a whole number"),
+        ({"text": "x", "by_rank": 1}, "by_rank must be true or false"),
+        ({"text": "x", "collapse": 1.5}, "collapse must lie between 0 and 1"),
+        ({"text": "x", "collapse": "0.5"}, "collapse must be a number"),
+        ({"text": "x", "diversity": float("nan")}, "diversity must lie between 0 and 1"),
+        ({"text": "x", "diversity": 0.5, "k": 10**6}, "k must be at most 2,500 with collapse or diversity"),
+        ({"text": "x", "where": " "}, "at character 2 of the filter"),
+        ({"text": "x", "where": "widht > 3"}, "no column 'widht'.*there are id"),
+        ({"id": 6}, "row 6: it has no image_embedding"),
+        ({"id": -1}, "no row has the id -1: ids are 0 to 47"),
+        ({"id": 10**30}, "no row has the id 10{30}:"),
+        ({"key": "nowhere"}, "no row has the key 'nowhere'"),
+        ({"vector": np.ones(3)}, r"must have 64 dimensions, as the index has, got \[3\]"),
+        ({"vector": np.zeros(64)}, "finite and not all zero"),
+        ({"vector": np.full(64, np.nan)}, "finite and not all zero"),
+        ({"vector": ["a"] * 64}, "must be numbers"),
+        ({"vector": [[1], [1, 2]]}, "must be numbers"),
     ],
 )
 def test_impossible_queries_are_refused(by_image: Searcher, query: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadQuery, match=message):
         by_image.search(**query)
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_an_image_that_does_not_decode_is_named_as_such(by_image: Searcher, data: bytes) -> None:
-    with pytest.raises(images.BadImage):
+def test_a_key_of_several_rows_is_refused_with_their_ids(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
+    unkeyed = open_index(tmp_path, pictures, demo, key=lambda row: "same" if row % 8 == 1 else f"{row:03d}")
+    with pytest.raises(BadQuery, match="several rows have the key 'same': ask by id, one of 1, 9, 17, …"):
+        Searcher(unkeyed).search(key="same")
+    assert Searcher(unkeyed).search(key="000", k=3).num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "0 bytes"), (b"no image", "no image"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "PNG")]
+)
+def test_an_image_that_does_not_decode_is_named_as_such(by_image: Searcher, data: bytes, message: str) -> None:
+    with pytest.raises(BadQuery, match=message):
         by_image.search(image=data)
 
 
@@ -241,7 +475,7 @@ def test_an_image_that_is_too_large_is_not_decoded(
     opened = open_index(tmp_path, pictures, demo)
     limited = replace(opened.record.table_spec, input=InputSpec(max_image_bytes=50))
     monkeypatch.setattr(opened, "record", replace(opened.record, table_spec=limited))
-    with pytest.raises(ValueError, match="at most 50"):
+    with pytest.raises(BadQuery, match="at most 50"):
         Searcher(opened, demo).search(image=pictures.encoded[0])
 
 
@@ -300,7 +534,7 @@ def test_a_text_alone_passes_the_fuser_of_an_index_in_its_own_space(
 def test_a_fuser_that_needs_both_refuses_one(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
     searcher = Searcher(open_index(tmp_path, pictures, demo, "fused_embedding", "hadamard"), demo)
     for query in ({"text": "a red circle"}, {"image": pictures.encoded[0]}):
-        with pytest.raises(WrongSpace, match=r"'hadamard'.*give both"):
+        with pytest.raises(BadQuery, match=r"'hadamard'.*give both"):
             searcher.search(**query)  # type: ignore[arg-type]
 
 
