@@ -173,7 +173,7 @@ def load(model: str, pretrained: str = "", device: str = "auto", precision: str 
     model-config JSON, or `fusion-demo`. `pretrained`: a tag of open_clip's or a weights file, where the model does not
     bring its own. `device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises TowerError.
     """
-    device = _pick_device(device)
+    device = pick_device(device)
     key = (absolute(model), absolute(pretrained), device, _pick_precision(precision, device))
     with _LOADING:
         if key not in _LOADED:
@@ -352,7 +352,8 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
 # --- device and precision -------------------------------------------------------------------------------------------
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
+    """The device that `device` (auto, cpu, cuda, cuda:N) names; raises TowerError for one that is not here."""
     import torch
 
     if device == "auto":
