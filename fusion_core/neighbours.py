@@ -267,13 +267,25 @@ def cosines(left: Halves, right: Halves) -> npt.NDArray[np.float64]:
 
 def near_pairs(left: Halves, right: Halves, cosine: float, device: str = "cpu") -> tuple[Ids, Ids]:
     """Where in `left` [n, D] and `right` [m, D] the pairs of at least this cosine stand."""
-    products = _unit(left, device) @ _unit(right, device).T
-    a, b = (places.cpu().numpy() for places in (products >= cosine - _DOUBT).nonzero(as_tuple=True))
-    doubtful = products[a, b].cpu().numpy() < cosine + _DOUBT
+    return _near_pairs(_unit(left, device), _unit(right, device), cosine, lambda a, b: cosines(left[a], right[b]))
+
+
+def _near_pairs(
+    left: "torch.Tensor", right: "torch.Tensor", cosine: float, exactly: Callable[[Ids, Ids], npt.NDArray[np.float64]]
+) -> tuple[Ids, Ids]:
+    products = left @ right.T
+    a, b = _where(products >= cosine - _DOUBT)
     near = np.ones(len(a), bool)
-    for chosen in _pieces(np.flatnonzero(doubtful)):
-        near[chosen] = cosines(left[a[chosen]], right[b[chosen]]) >= cosine - TOLERANCE
+    for chosen in _pieces(np.flatnonzero(products[a, b].cpu().numpy() < cosine + _DOUBT)):
+        near[chosen] = exactly(a[chosen], b[chosen]) >= cosine - TOLERANCE
     return a[near], b[near]
+
+
+def _where(mask: "torch.Tensor") -> tuple[Ids, Ids]:
+    if mask.is_cuda:
+        a, b = mask.nonzero(as_tuple=True)
+        return a.cpu().numpy(), b.cpu().numpy()
+    return np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])  # three times as fast as torch's own
 
 
 def _pieces(places: Ids) -> Iterator[Ids]:
@@ -295,16 +307,25 @@ def _join_cell(components: Components, bucket: Records, members: Ids, cosine: fl
     """
     rows, vectors = bucket["row"][members], bucket["vector"]
     rest, home = np.arange(len(members)), int((~bucket["guest"][members]).sum())
+    whole = _unit(vectors[members], device) if len(members) <= _TILE[1] else None
+
+    def unit(places: Ids) -> "torch.Tensor":
+        return _unit(vectors[members[places]], device) if whole is None else whole[places]
+
     while home:
         roots = components.roots(rows[rest])
         by_root = np.argsort(roots[:home], kind="stable")
         rest[:home], roots[:home] = rest[by_root], roots[by_root]
         block = rest[: min(home, _TILE[0])]
         others = rest[roots != roots[0]] if roots[0] == roots[len(block) - 1] else rest
-        left = vectors[members[block]]
+        left = unit(block)
         for start in range(0, len(others), _TILE[1]):
             tile = others[start : start + _TILE[1]]
-            a, b = near_pairs(left, vectors[members[tile]], cosine, device)
+
+            def exactly(a: Ids, b: Ids, block: Ids = block, tile: Ids = tile) -> npt.NDArray[np.float64]:
+                return cosines(vectors[members[block[a]]], vectors[members[tile[b]]])
+
+            a, b = _near_pairs(left, unit(tile), cosine, exactly)
             components.join(rows[block[a]], rows[tile[b]])
         rest, home = rest[len(block) :], home - len(block)
 
@@ -348,7 +369,7 @@ class _Queries:
         """Of the near pairs with these rows: how many there are, and in how many one visits the other's cell."""
         if not len(self.rows):
             return 0, 0
-        a, b = (x.cpu().numpy() for x in (self._unit @ unit.T >= cosine).nonzero(as_tuple=True))
+        a, b = _where(self._unit @ unit.T >= cosine)
         others = self.rows[a] != numbers[b]
         a, b = a[others], b[others]
         met = (self._near[a] == near[b, :1]).any(axis=1) | (near[b] == self._near[a, :1]).any(axis=1)

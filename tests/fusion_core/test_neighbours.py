@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,14 +178,14 @@ def test_visits_that_are_spared_would_find_nothing() -> None:
 
 def test_a_crowd_is_compared_with_others_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = 0
-    compare = neighbours.near_pairs
+    compare = neighbours._near_pairs
 
-    def counted(left: np.ndarray, right: np.ndarray, *more: object) -> object:
+    def counted(left: Any, right: Any, *more: Any) -> Any:
         nonlocal compared
         compared += len(left) * len(right)
-        return compare(left, right, *more)  # type: ignore[arg-type]
+        return compare(left, right, *more)
 
-    monkeypatch.setattr(neighbours, "near_pairs", counted)
+    monkeypatch.setattr(neighbours, "_near_pairs", counted)
     rng = np.random.default_rng(0)
     crowd = rng.standard_normal(16) + 0.01 * rng.standard_normal((10_000, 16))
     vectors = halves(np.concatenate([crowd, rng.standard_normal((500, 16))]))

@@ -59,7 +59,9 @@ def test_duplicates_of_each_kind(place: Path, tmp_path: Path, capsys: pytest.Cap
 def test_semantic_duplicates_are_within_the_cosine_of_the_row_kept(place: Path, tmp_path: Path) -> None:
     assert cli.main(["dedup", str(place), "--output", str(tmp_path / "out"), "--cosine", "0.97"]) == 0
     record = json.loads((tmp_path / "out" / "dedup.json").read_text())
-    assert record["dropped"]["exact"] == 5 and record["dropped"]["semantic"] >= 5
+    exact, semantic = record["dropped"]["exact"], record["dropped"]["semantic"]
+    assert exact <= 5, "the copy of a row that is dropped may be joined to the row kept by its vector"
+    assert semantic >= 5 and exact + semantic >= 10
     opened = Table.open(str(place))
     matrix = np.concatenate([block for _, block, _ in opened.vectors("image_embedding")]).astype(np.float64)
     parts = [Duplicates.open(str(tmp_path / "out"), opened).clusters(part) for part in range(2)]
