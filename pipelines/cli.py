@@ -266,10 +266,11 @@ def _dedup(args: argparse.Namespace, _: list[str]) -> int:
     from schemas.dedup import DedupSpec
 
     feature_table = table.Table.open(args.table)
-    spec = DedupSpec(args.near_bits if args.near else None, args.cosine, args.column, args.keep)
+    bits = dedup.NEAR_BITS if args.near and args.near_bits is None else args.near_bits
+    spec = DedupSpec(bits, args.cosine, args.column, args.keep)
     workers = args.workers or len(os.sched_getaffinity(0))
     rows = feature_table.num_rows
-    with tqdm(total=rows, unit=" pictures", disable=not (args.near and sys.stderr.isatty())) as bar:
+    with tqdm(total=rows, unit=" pictures", disable=bits is None or not sys.stderr.isatty()) as bar:
         record = dedup.build(
             feature_table,
             args.output,

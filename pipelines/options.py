@@ -148,8 +148,8 @@ def _dedup(parser: argparse.ArgumentParser) -> None:
         "picture is read and decoded again (the hashes are kept)",
     )  # fmt: skip
     parser.add_argument(
-        "--near-bits", type=int, default=4, metavar="N",
-        help="with --near: in how many of 64 bits the hashes may differ, 0 to 10 (default: %(default)s)",
+        "--near-bits", type=int, metavar="N",
+        help="as --near: in how many of 64 bits the hashes may differ, 0 to 10 (default: 4)",
     )  # fmt: skip
     parser.add_argument(
         "--cosine", type=float, metavar="C", help="also rows whose vectors have at least this cosine, e.g. 0.95"

@@ -78,7 +78,7 @@ def test_semantic_duplicates_are_within_the_cosine_of_the_row_kept(place: Path, 
     ("options", "message"),
     [
         (["--cosine", "2"], "at most 1, e.g. 0.95; not 2.0"),
-        (["--near", "--near-bits", "40"], "0 to 10 of 64, not 40"),
+        (["--near-bits", "40"], "0 to 10 of 64, not 40"),
         (["--cosine", "0.9", "--column", "caption"], "no embedding column 'caption'"),
         (["--cosine", "0.9", "--device", "tpu"], "device 'tpu'"),
     ],
