@@ -161,8 +161,8 @@ def _dedup(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keep", default=DedupSpec.keep, choices=("similarity", "pixels", "first"),
-        help="the best row of a cluster: whose caption fits best, which has most pixels, or the first; then by the "
-        "next of these (default: %(default)s)",
+        help="the best row of a cluster: whose caption fits best, which has most pixels, or the first in the "
+        "table; the others decide between equals (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--memory-bytes", type=positive, default=2 << 30, metavar="N",
