@@ -57,6 +57,7 @@ def _expected(error: Exception) -> int | None:
         "BadQuery",
         "WrongSpace",
         "BadImage",
+        "BadDuplicates",
     }
     return USAGE if type(error).__name__ in named else None
 
@@ -249,6 +250,38 @@ def _search(args: argparse.Namespace, _: list[str]) -> int:
     return search.run(args)
 
 
+def _dedup(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import dedup, table, towers
+    from schemas.dedup import DedupSpec
+
+    feature_table = table.Table.open(args.table)
+    bits = dedup.NEAR_BITS if args.near and args.near_bits is None else args.near_bits
+    spec = DedupSpec(bits, args.cosine, args.column, args.keep)
+    workers = args.workers or len(os.sched_getaffinity(0))
+    rows = feature_table.num_rows
+    with tqdm(total=rows, unit=" pictures", disable=bits is None or not sys.stderr.isatty()) as bar:
+        record = dedup.build(
+            feature_table,
+            args.output,
+            spec,
+            memory_bytes=args.memory_bytes,
+            workers=workers,
+            device=towers.pick_device(args.device) if args.cosine else "cpu",
+            log=partial(print, file=sys.stderr),
+            hashed=bar.update,
+        )
+    dropped = ", ".join(f"{count:,} {why}" for why, count in record.dropped.items())
+    print(f"{args.output}: {record.clusters:,} of {rows:,} rows kept; dropped: {dropped}")
+    if record.pairs_found:
+        found, pairs = record.pairs_found.found, record.pairs_found.pairs
+        print(
+            f"  of {pairs:,} pairs above the cosine, {record.pairs_found.queries:,} rows against all, {found:,} found"
+        )
+    return DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -263,6 +296,7 @@ _COMMANDS = {
     "verify": _verify,
     "index": _index,
     "search": _search,
+    "dedup": _dedup,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import fields
 
+from schemas.dedup import DedupSpec
 from schemas.feature_table import InputSpec
 from schemas.index import META
 
@@ -24,6 +25,7 @@ def build() -> argparse.ArgumentParser:
     _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
+    _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
     return parser
 
 
@@ -157,6 +159,46 @@ def _search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def _dedup(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Finds a table's duplicates and writes, beside its rows, which cluster each is in and whether it is kept. Rows "
+        "of equal image bytes always are duplicates; near pictures and near vectors are if asked for. What is dropped "
+        "is always a duplicate of the very row that is kept in its place."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--output", required=True, metavar="COLUMNS", help="the folder for the columns")
+    parser.add_argument(
+        "--near", action="store_true",
+        help="also pictures that were encoded anew or resized, by perceptual hash; slow the first time, because every "
+        "picture is read and decoded again (the hashes are kept)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--near-bits", type=int, metavar="N",
+        help="as --near: in how many of 64 bits the hashes may differ, 0 to 10 (default: 4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cosine", type=float, metavar="C", help="also rows whose vectors have at least this cosine, e.g. 0.95"
+    )
+    parser.add_argument(
+        "--column",
+        default=DedupSpec.column,
+        help="of the vectors: image_embedding, text_embedding or fused_embedding (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep", default=DedupSpec.keep, choices=("similarity", "pixels", "first"),
+        help="the best row of a cluster: whose caption fits best, which has most pixels, or the first in the "
+        "table; the others decide between equals (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-bytes", type=positive, default=2 << 30, metavar="N",
+        help="of what is compared at a time; the rest waits in a scratch folder (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=positive, help="shards read at once for --near (default: one for each core)")
+    parser.add_argument(
+        "--device", default="auto", help="for --cosine: auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
 
 
 def positive(text: str) -> int:
