@@ -2,8 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,31 @@ class WrongSpace(ValueError):
 
 class NoImage(ValueError):
     """The original picture of a row cannot be had: why, and what would help."""
+
+
+class BadQuery(ValueError):
+    """A query that cannot be answered: why, and what would help."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to an index. A stand-in: the search branch's takes its place at the merge."""
+
+    text: str | None = None
+    image: bytes | None = None
+    vector: np.ndarray | None = None
+    id: int | None = None
+    key: str | None = None
+    k: int = 10
+    image_weight: float = 0.5
+    by_rank: bool = False
+    where: str | None = None
+    collapse: float | None = None
+    diversity: float = 0.0
+
+
+_COMPARISON = re.compile(r"\s*(width|height|similarity)\s*(>=|<=|>|<)\s*([0-9.]+)\s*")
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 class Searcher:
@@ -75,6 +102,39 @@ class Searcher:
         if image_vector is None or text_vector is None:
             return image_vector if text_vector is None else text_vector  # type: ignore[return-value]
         return _weigh(image_vector, text_vector, image_weight)
+
+    def answer(self, queries: Sequence[Query]) -> list["pa.Table | BadQuery"]:
+        """An answer (schema ANSWER), or why there is none, for each query. A stand-in, see Query."""
+        texts = [query.text for query in queries if query.text and query.text.strip() and query.image is None]
+        vectors = dict(zip(texts, self._known_towers().embed_texts(texts), strict=True)) if texts else {}
+        answers: list[pa.Table | BadQuery] = []
+        for query in queries:
+            try:
+                answers.append(self._answer(query, vectors))
+            except ValueError as error:
+                answers.append(BadQuery(str(error)))
+        return answers
+
+    def _answer(self, query: Query, vectors: Mapping[str, Floats]) -> pa.Table:
+        if query.key is not None:
+            raise BadQuery(f"no row has the key {query.key!r}: keys are shown beside results")
+        if query.id is not None:
+            vector = np.asarray(self.index._faiss.reconstruct(query.id), np.float32)
+        elif query.vector is not None:
+            vector = np.asarray(query.vector, np.float32)
+        elif query.image is None and query.text is not None and query.text in vectors:
+            vector = vectors[query.text]
+        else:
+            vector = self.query(query.text, query.image, query.image_weight)
+        rows = self.search_vector(vector, query.k)
+        if query.where is None:
+            return rows
+        wanted = _COMPARISON.fullmatch(query.where)
+        if wanted is None:
+            raise BadQuery(f"where {query.where!r} is no condition: write one like width >= 512")
+        column, sign, value = wanted.groups()
+        kept = [_OPERATORS[sign](number.as_py() or 0, float(value)) for number in rows[column]]
+        return rows.filter(pa.array(kept, pa.bool_()))
 
     def _embed_image(self, image: bytes) -> Floats:
         towers, limits = self._known_towers(), self.index.record.table_spec.input
