@@ -119,6 +119,8 @@ class Searcher:
         if query.key is not None:
             raise BadQuery(f"no row has the key {query.key!r}: keys are shown beside results")
         if query.id is not None:
+            if query.id >= self.index.record.rows_table:
+                raise BadQuery(f"there is no row {query.id}")
             vector = np.asarray(self.index._faiss.reconstruct(query.id), np.float32)
         elif query.vector is not None:
             vector = np.asarray(query.vector, np.float32)
@@ -126,7 +128,10 @@ class Searcher:
             vector = vectors[query.text]
         else:
             vector = self.query(query.text, query.image, query.image_weight)
-        rows = self.search_vector(vector, query.k)
+        rows = self.search_vector(vector, query.k + (query.id is not None))
+        if query.id is not None:
+            rows = rows.filter(pa.array(rows["id"].to_numpy() != query.id)).slice(0, query.k)
+            rows = rows.set_column(0, ANSWER.field("rank"), pa.array(range(1, rows.num_rows + 1), pa.int32()))
         if query.where is None:
             return rows
         wanted = _COMPARISON.fullmatch(query.where)

@@ -281,7 +281,11 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
             limits = serve.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
             app = serve.build(search.Searcher(found, tower), limits, token, hosts)
             rows = f"{found.record.rows_indexed:,} rows"
-            serve.run(app, listening, lambda url: print(f"{found.place}: {rows} at {url} (Ctrl-C ends)", flush=True))
+
+            def ready(url: str) -> None:
+                print(f"{found.place}: {rows} at {url} (Ctrl-C ends)", flush=True)
+
+            serve.server(app, listening, ready).run(sockets=[listening])
     except KeyboardInterrupt:  # how one ends a server
         pass
     return DONE

@@ -40,6 +40,7 @@ MIN_TOKEN_CHARACTERS = 16
 JSON_BYTES = 1 << 20
 PICTURE_THREADS = 8
 _SHUTDOWN_SECONDS = 5
+_LAST_ID = (1 << 63) - 1
 _COOKIE = "fusion_session"
 _WEB = Path(__file__).parent / "web"
 _PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
@@ -100,7 +101,7 @@ class Ask(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str | None = Field(default=None, max_length=10_000, description="What to look for, in words")
-    id: int | None = Field(default=None, ge=0, description="More like the row with this id")
+    id: int | None = Field(default=None, ge=0, le=_LAST_ID, description="More like the row with this id")
     key: str | None = Field(default=None, max_length=4_096, description="More like the row with this key")
     k: int = Field(default=10, ge=1, description="How many results")
     image_weight: float = Field(default=0.5, ge=0, le=1, description="Of the picture, where there is a text, too")
@@ -272,20 +273,16 @@ def _time_faiss(searcher: Searcher, meters: Meters) -> None:
 
 
 def _add_searches(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
-    async def answer(ask: Ask, image: bytes | None = None, without: int | None = None) -> Response:
+    async def answer(ask: Ask, image: bytes | None = None) -> Response:
         if ask.k > limits.k:
             raise Refused(422, f"k is {ask.k:,}; at most {limits.k:,} are answered", "k", "ask for fewer results")
         fields = ask.model_dump()
         if fields.get("vector") is not None:
             fields["vector"] = np.asarray(fields["vector"], np.float32)
-        query = Query(**fields | {"image": image, "k": ask.k + (without is not None)})
-        found = await batcher.ask(query)
+        found = await batcher.ask(Query(**fields, image=image))
         if isinstance(found, BadQuery):
             raise Refused(422, str(found), "query", "change the query and ask again")
-        rows = found.to_pylist()
-        if without is not None:  # the row that others should be like
-            rows = [row | {"rank": rank} for rank, row in enumerate((r for r in rows if r["id"] != without), 1)]
-        return _json({"results": [_shown(row) for row in rows[: ask.k]]})
+        return _json({"results": [_shown(row) for row in found.to_pylist()]})
 
     @app.get("/search", response_model=Results)
     async def search(ask: Annotated[Ask, InQuery()]) -> Response:
@@ -300,14 +297,14 @@ def _add_searches(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
 
     @app.get("/similar/{id}", response_model=Results)
     async def similar(
-        id: Annotated[int, InPath(ge=0)],
+        id: Annotated[int, InPath(ge=0, le=_LAST_ID)],
         k: Annotated[int, InQuery(ge=1)] = 10,
         where: Annotated[str | None, InQuery(max_length=4_096)] = None,
         collapse: Annotated[float | None, InQuery(gt=0, le=1)] = None,
         diversity: Annotated[float, InQuery(ge=0, le=1)] = 0.0,
     ) -> Response:
         """Other rows that are like this one."""
-        return await answer(Ask(id=id, k=k, where=where, collapse=collapse, diversity=diversity), without=id)
+        return await answer(Ask(id=id, k=k, where=where, collapse=collapse, diversity=diversity))
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -395,7 +392,7 @@ def _add_pictures(app: FastAPI, searcher: Searcher, threads: Executor) -> None:
     @app.get("/image/{id}", response_class=Response, responses={200: {"content": {"image/*": {}}}, 404: {}})
     async def image(
         request: Request,
-        id: Annotated[int, InPath(ge=0)],
+        id: Annotated[int, InPath(ge=0, le=_LAST_ID)],
         size: Annotated[int | None, InQuery(ge=16, le=1024, description="Longest side of a small JPEG copy")] = None,
     ) -> Response:
         """The original picture of a row, read from its shard; with `size` a small copy of it."""
@@ -477,9 +474,9 @@ def _examples(searcher: Searcher, wanted: int = 4, looked_at: int = 64) -> list[
     """Some short captions of the index, to try it with."""
     ids = np.unique(np.linspace(0, searcher.index.record.rows_table - 1, looked_at).astype(np.int64))
     captions = searcher.index.meta(ids)["caption"].to_pylist() if searcher.index.record.rows_table else []
-    short = dict.fromkeys(" ".join(caption.split()) for caption in captions if caption)
-    fitting = [caption for caption in short if 8 <= len(caption) <= 60]
-    return fitting[:: max(1, len(fitting) // wanted)][:wanted]
+    different = dict.fromkeys(" ".join(caption.split()) for caption in captions if caption)
+    short = sorted((caption for caption in different if 8 <= len(caption) <= 60), key=len)[: 4 * wanted]
+    return short[:: max(1, len(short) // wanted)][:wanted]
 
 
 # --- errors
@@ -654,9 +651,11 @@ def bind(host: str, port: int, token: str) -> tuple[socket.socket, list[str]]:
             f"the token has {len(token)} characters; give at least {MIN_TOKEN_CHARACTERS}, e.g. by "
             "python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
+    if not 0 <= port < 1 << 16:
+        raise ServeError(f"--port {port} does not lie in 0..65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ServeError(f"--host {host} --port {port}: {error}") from error
     local = ip_address(str(address[0]).partition("%")[0]).is_loopback
     if not (local or token):
@@ -674,12 +673,8 @@ def bind(host: str, port: int, token: str) -> tuple[socket.socket, list[str]]:
     return found, ["localhost", "127.0.0.1", "::1", host] if local else []
 
 
-def run(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM; `ready` is told the URL once requests are answered."""
-    _server(app, listening, ready).run(sockets=[listening])
-
-
-def _server(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]) -> uvicorn.Server:
+def server(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]) -> uvicorn.Server:
+    """The server of a bound socket, to be `run`; `ready` is told the URL once requests are answered."""
     host, port = listening.getsockname()[:2]
 
     class Server(uvicorn.Server):

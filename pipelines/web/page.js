@@ -58,9 +58,10 @@ function typed() {
 // ---------------------------------------------------------------------------------------------- asking
 
 class Problem extends Error {
-  constructor(what, remedy) {
+  constructor(what, remedy, again = false) {
     super(what);
     this.remedy = remedy;
+    this.again = again; // whether the same request may do better later
   }
 }
 
@@ -70,12 +71,12 @@ async function call(path, options = {}) {
     response = await fetch(path, { credentials: "same-origin", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem("The server does not answer", "See whether `fusion serve` still runs, then try again.");
+    throw new Problem("The server does not answer", "See whether `fusion serve` still runs, then try again.", true);
   }
   if (response.status === 401) logIn();
   if (response.ok) return response;
   const told = await response.json().catch(() => ({ error: `The server answered ${response.status}`, remedy: "Try again." }));
-  throw new Problem(told.error, `${told.remedy[0].toUpperCase()}${told.remedy.slice(1)}.`);
+  throw new Problem(told.error, `${told.remedy[0].toUpperCase()}${told.remedy.slice(1)}.`, response.status >= 500);
 }
 
 function parameters(state) {
@@ -108,7 +109,7 @@ async function show(state) {
   element("problem").hidden = true;
   if (empty || (state.picture !== null && !pictures.has(state.picture))) {
     clear();
-    if (!empty) fail(new Problem("The picture is gone", "Pictures that you add are not kept when the page is loaded again. Add it once more."), false);
+    if (!empty) fail(new Problem("The picture is gone", "Pictures that you add are not kept when the page is loaded again. Add it once more."));
     return;
   }
   wait();
@@ -119,7 +120,7 @@ async function show(state) {
   } catch (error) {
     if (error.name === "AbortError" || signal.aborted) return;
     clear();
-    fail(error instanceof Problem ? error : new Problem("The page failed", "Load it again."));
+    fail(error instanceof Problem ? error : new Problem("The page failed", "Load it again.", true));
   }
 }
 
@@ -165,11 +166,11 @@ function clear() {
   more.hidden = true;
 }
 
-function fail(problem, again = true) {
+function fail(problem) {
   const box = element("problem");
   box.querySelector("h2").textContent = problem.message;
   box.querySelector("p").textContent = problem.remedy;
-  box.querySelector("button").hidden = !again;
+  box.querySelector("button").hidden = !problem.again;
   box.hidden = false;
 }
 
@@ -179,10 +180,10 @@ function render(state, results, milliseconds) {
   grid.append(...results.map((row) => card(state, row)));
   makeReachable(Math.max(0, focused));
   if (focused >= 0) tiles()[focused].focus({ preventScroll: true });
-  const what = [state.q && `“${state.q}”`, hasPicture(state) && (state.q ? "the picture" : "a picture")].filter(Boolean).join(" and ");
   const count = results.length === 1 ? "1 result" : `${results.length} results`;
-  status.textContent = results.length ? `${count} for ${what} · ${Math.round(milliseconds)} ms` : "";
-  if (!results.length) fail(new Problem("Nothing found", state.where ? "No row fits “Only where …”. Ease that condition." : "The index has no rows to show."), false);
+  const what = !state.q ? "like the picture" : `for “${state.q}”${hasPicture(state) ? " and the picture" : ""}`;
+  status.textContent = results.length ? `${count} ${what} · ${Math.round(milliseconds)} ms` : "";
+  if (!results.length) fail(new Problem("Nothing found", state.where ? "No row fits “Only where …”. Ease that condition." : "The index has no rows to show."));
   more.hidden = results.length < state.k || state.k >= about.limits.k;
 }
 
@@ -318,7 +319,7 @@ function refuse(what, remedy) {
   asking?.abort();
   element("welcome").hidden = true;
   clear();
-  fail(new Problem(what, remedy), false);
+  fail(new Problem(what, remedy));
 }
 
 element("upload").addEventListener("click", () => file.click());
