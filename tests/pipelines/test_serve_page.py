@@ -49,7 +49,8 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def see(self, selector: str) -> list[Any]:
-        return [found for found in self.driver.find_elements("css selector", selector) if found.is_displayed()]
+        script = "return [...document.querySelectorAll(arguments[0])].filter((found) => found.checkVisibility())"
+        return list(self.run(script, selector))  # in one step: results come and go
 
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
@@ -61,15 +62,19 @@ class Page:
 
     def results(self) -> list[Any]:
         """The tiles, once an answer has come and its pictures are there."""
-        self.wait(lambda: self.see(".tile") and not self.see("#grid[aria-busy]"))
-        shown = (
-            "return [...document.querySelectorAll('.tile img')].slice(0, 4).every((i) => i.hidden || i.naturalWidth)"
-        )
-        self.wait(lambda: self.run(shown))
-        return self.see(".tile")
+        script = """
+          if (document.querySelector('#grid[aria-busy]')) return [];
+          const tiles = [...document.querySelectorAll('.tile')];
+          const images = tiles.slice(0, 4).map((tile) => tile.querySelector('img'));
+          return images.every((image) => image.hidden || image.naturalWidth) ? tiles : []"""
+        return list(self.wait(lambda: self.run(script)))
 
     def ids(self) -> list[int]:
-        return [int(tile.get_attribute("data-id")) for tile in self.results()]
+        self.results()
+        return list(self.run("return [...document.querySelectorAll('.tile')].map((tile) => Number(tile.dataset.id))"))
+
+    def wait_for_ids(self, ids: list[int]) -> None:
+        self.wait(lambda: self.ids() == ids)
 
     def press(self, *keys: str) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
