@@ -462,6 +462,20 @@ def test_the_token_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert cli.main(["serve", "/nowhere", "--port", "0"]) == 2
 
 
+def test_small_answers_are_not_held_back(client: Client) -> None:
+    import http.client
+
+    connection = http.client.HTTPConnection(client.url.removeprefix("http://"))
+    taken = []
+    for _ in range(12):
+        started = time.perf_counter()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        taken.append(time.perf_counter() - started)
+    connection.close()
+    assert min(taken[2:]) < 0.02, "Nagle's algorithm waits 40 ms for every answer on a standing connection"
+
+
 def test_any_address_is_bound_with_a_token() -> None:
     listening, hosts = serve.bind("0.0.0.0", 0, TOKEN)
     listening.close()
