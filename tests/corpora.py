@@ -122,7 +122,7 @@ def write_scene_index(folder: Path, scenes: int = 40) -> str:
         ("odd-words.txt", b"words alone"),
     ]
     write_tar(folder / "shards" / "odd.tar", odd)
-    demo, inputs = towers.load(towers.DEMO, device="cpu"), InputSpec()
+    demo, inputs = towers.load(towers.DEMO, device="cpu", precision="fp32"), InputSpec()
     spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
     for work in shards.plan([str(shard.parent / "*.tar")], inputs):
         unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)

@@ -96,4 +96,4 @@ def serving(
 
 def open_searcher(place: str) -> search.Searcher:
     """Of an index of the demo's model."""
-    return search.Searcher(index.Index.open(place), towers.load(towers.DEMO, device="cpu"))
+    return search.Searcher(index.Index.open(place), towers.load(towers.DEMO, device="cpu", precision="fp32"))
