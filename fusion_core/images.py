@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,46 @@ def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
     More than `max_pixels` pixels in the header are refused before any is decoded. Above twice Pillow's own
     `Image.MAX_IMAGE_PIXELS` some formats are refused whatever `max_pixels` says. Safe in threads.
     """
+
+    def fitted(name: str, opened: ImageFile) -> Decoded:
+        if name == "JPEG" and (decoded := _plain_jpeg(image, opened, preprocess)):
+            return decoded
+        upright = _upright(opened)
+        return Decoded(np.array(_fit(upright, preprocess).convert("RGB")), *upright.size)
+
+    return _read(image, max_pixels, fitted)
+
+
+def thumbnail(image: bytes, side: int, max_pixels: int) -> bytes:
+    """A JPEG of the first frame, upright, at most `side` pixels wide and high, on white where it is transparent.
+
+    It is never enlarged. What may be in `image`, the limit and the errors are those of `decode`.
+    """
+
+    def small(_: str, opened: ImageFile) -> bytes:
+        opened.draft("RGB", (side, side))  # a JPEG is reduced while it is decoded, never below this size
+        upright = _upright(opened)
+        upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+        upright.thumbnail((side, side))
+        if upright.mode == "RGBA":
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        stream = io.BytesIO()
+        upright.convert("RGB").save(stream, "JPEG", quality=85)
+        return stream.getvalue()
+
+    return _read(image, max_pixels, small)
+
+
+def media_type(image: bytes) -> str:
+    """The MIME type that the first bytes tell; raises BadImage where `decode` would not read such a file."""
+    return f"image/{_format(image)[0].lower()}"
+
+
+_Result = TypeVar("_Result")
+
+
+def _read(image: bytes, max_pixels: int, use: Callable[[str, ImageFile], _Result]) -> _Result:
+    """What `use` makes of the format's name and the opened, not yet decoded file; raises only BadImage."""
     name, opener = _format(image)
     opened: ImageFile | None = None
     try:
@@ -92,11 +132,7 @@ def decode(image: bytes, preprocess: "Preprocess", max_pixels: int) -> Decoded:
                 _check_pixels(*_gif_frame(image), max_pixels, "GIF frame of")
             opened = opener(io.BytesIO(image))
             _check_pixels(*opened.size, max_pixels, f"{name} of")
-            if name == "JPEG" and (decoded := _plain_jpeg(image, opened, preprocess)):
-                return decoded
-            upright = _upright(opened)
-            fitted = _fit(upright, preprocess).convert("RGB")
-            return Decoded(np.array(fitted), *upright.size)
+            return use(name, opened)
     except BadImage:
         raise
     except Exception as error:  # on damaged bytes Pillow may raise about anything

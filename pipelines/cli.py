@@ -58,6 +58,7 @@ def _expected(error: Exception) -> int | None:
         "WrongSpace",
         "BadImage",
         "BadDuplicates",
+        "ServeError",
     }
     return USAGE if type(error).__name__ in named else None
 
@@ -282,6 +283,38 @@ def _dedup(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _serve(args: argparse.Namespace, _: list[str]) -> int:
+    try:
+        from pipelines import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("pipelines", "fusion_core", "schemas"):
+            raise
+        print(f"fusion serve needs {error.name}: pip install 'fusion-features[serve]'", file=sys.stderr)
+        return USAGE
+    from fusion_core import files, index
+
+    try:
+        token = args.token or os.environ.get("FUSION_TOKEN", "")
+        listening, hosts = serve.bind(args.host, args.port, token)
+        with listening:
+            found = index.Index.open(files.absolute(args.index))  # before the seconds that the towers take
+
+            from fusion_core import search, towers
+
+            tower = towers.for_spec(found.record.table_spec.tower, args.device, args.pretrained)
+            limits = serve.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
+            app = serve.build(search.Searcher(found, tower), limits, token, hosts)
+            rows = f"{found.record.rows_indexed:,} rows"
+
+            def ready(url: str) -> None:
+                print(f"{found.place}: {rows} at {url} (Ctrl-C ends)", flush=True)
+
+            serve.server(app, listening, ready).run(sockets=[listening])
+    except KeyboardInterrupt:  # how one ends a server
+        pass
+    return DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -297,6 +330,7 @@ _COMMANDS = {
     "index": _index,
     "search": _search,
     "dedup": _dedup,
+    "serve": _serve,
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def build() -> argparse.ArgumentParser:
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
+    _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     return parser
 
 
@@ -199,6 +200,37 @@ def _dedup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="for --cosine: auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", metavar="INDEX", help="the index's folder")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--token",
+        default="",
+        help="a secret that requests must bring; better set FUSION_TOKEN: other users see options",
+    )
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--max-k", type=positive, default=1000, help="most results of a request (default: %(default)s)")
+    parser.add_argument(
+        "--max-body-bytes", type=positive, default=20_000_000, help="of a request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-waiting", type=positive, default=128, help="requests in progress; more get a 503 (default: %(default)s)"
+    )
+    parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds for a request (default: %(default)s)")
+
+
+def seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return number
 
 
 def positive(text: str) -> int:

@@ -105,6 +105,34 @@ def write_unit(
         return out.commit()
 
 
+def write_scene_index(folder: Path, scenes: int = 40) -> str:
+    """The place of an index of drawn scenes, embedded with the demo's model, and of some rows that are odd: a caption
+    in HTML, a picture without a caption, a transparent one, a caption without a picture.
+    """
+    from fusion_core import index, shards, towers, unit
+    from fusion_core.demo import shards as demo_shards
+
+    (shard,) = demo_shards.write_shards(folder / "shards", scenes, scenes, 7, broken=False)
+    odd = [
+        ("odd-html.jpg", photo(1)),
+        ("odd-html.txt", HTML_CAPTION.encode()),
+        ("odd-silent.jpg", photo(2)),
+        ("odd-clear.png", photo(3, (90, 40), "PNG", "RGBA")),
+        ("odd-clear.txt", b"a transparent picture"),
+        ("odd-words.txt", b"words alone"),
+    ]
+    write_tar(folder / "shards" / "odd.tar", odd)
+    demo, inputs = towers.load(towers.DEMO, device="cpu", precision="fp32"), InputSpec()
+    spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
+    for work in shards.plan([str(shard.parent / "*.tar")], inputs):
+        unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
+    index.build(table.Table.open(str(folder / "table")), str(folder / "index"))
+    return str(folder / "index")
+
+
+HTML_CAPTION = "<img src=x onerror=document.title='broken'> <script>alert(1)</script> & more"
+
+
 def assert_same_rows(found: pa.Table, expected: pa.Table) -> None:
     """The same rows; their vectors to one step of float16, all else to the bit."""
     derived = [name for name in ("similarity", *table.EMBEDDINGS) if name in expected.column_names]

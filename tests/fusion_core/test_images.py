@@ -790,3 +790,42 @@ def test_any_bytes_give_pixels_or_a_bad_image(magic: bytes, rest: bytes) -> None
         check_decoded(decode(magic + rest, SQUARE, MAX_PIXELS), SQUARE)
     except BadImage as error:
         assert error.error in ERRORS
+
+
+# --- for the eye
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_thumbnail_is_the_whole_picture_made_small(kind: str) -> None:
+    data = sample(kind, 53, 37)
+    with Image.open(io.BytesIO(data)) as opened:
+        white = Image.new("RGBA", opened.size, "white")
+        expected = (
+            Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB").resize((26, 18), reducing_gap=2.0)
+        )
+    small = Image.open(io.BytesIO(images.thumbnail(data, 26, MAX_PIXELS)))
+    assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (26, 18))
+    difference = np.abs(np.asarray(small).astype(int) - np.asarray(expected))
+    assert difference.mean() < 12, "JPEG at quality 85 of noise"
+    whole = Image.open(io.BytesIO(images.thumbnail(data, 1000, MAX_PIXELS)))
+    assert whole.size == (53, 37), "it is not enlarged"
+
+
+def test_a_thumbnail_stands_upright_and_keeps_the_limit() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = encoded(picture(60, 30), "JPEG", exif=exif)
+    assert Image.open(io.BytesIO(images.thumbnail(lying, 20, MAX_PIXELS))).size == (10, 20)
+    with pytest.raises(images.BadImage, match="limit is 100"):
+        images.thumbnail(lying, 20, 100)
+    with pytest.raises(images.BadImage, match="starts with"):
+        images.thumbnail(b"no picture", 20, 100)
+
+
+def test_the_media_type_is_told_by_the_bytes() -> None:
+    names = {"MPO": "jpeg", "APNG": "png"}
+    for kind in ENCODERS:
+        first = kind.split()[0]
+        assert images.media_type(sample(kind, 20, 11)) == f"image/{names.get(first, first.lower())}"
+    with pytest.raises(images.BadImage):
+        images.media_type(b"<svg onload=alert(1)>")
