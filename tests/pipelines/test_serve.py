@@ -326,7 +326,8 @@ def test_bodies_that_are_too_large_are_refused_stated_or_not(searcher: Searcher)
     with serving(searcher, serve.Limits(body_bytes=50_000)) as client:
         assert client.post_form(photo(1)).status == 200
         assert_told(client.post_form(bytes(60_000)), 413, "50,000")
-        chunks = (bytes(10_000) for _ in range(10))
+        head = b'--cut\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
+        chunks = (head + bytes(10_000) if i == 0 else bytes(10_000) for i in range(10))
         kind = {"content-type": "multipart/form-data; boundary=cut"}
         assert_told(client.ask("POST", "/search", chunks, kind, encode_chunked=True), 413, "50,000")
     with serving(searcher) as client:
