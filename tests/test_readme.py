@@ -30,7 +30,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_fusion_command_parses(command: str) -> None:
-    args, rest = options.build().parse_known_args(shlex.split(command)[1:])
+    args, rest = options.build().parse_known_args(shlex.split(command, comments=True)[1:])
     assert rest == [] and args.command in command
 
 
