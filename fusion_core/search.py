@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_core import fields, files, fusers, images, tabular, tars
-from fusion_core.index import Floats, Index
+from fusion_core.index import Index
 from fusion_core.towers import Towers
+from fusion_core.vectors import Floats
 from schemas import records
 from schemas.feature_table import InputSpec, TowerSpec
 from schemas.index import ANSWER

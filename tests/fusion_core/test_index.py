@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from fusion_core import files, fusers, index
+from fusion_core import build, choose, files, fusers, index, vectors
 from fusion_core import table as tables
 from fusion_core.index import BadIndex, Index
 from fusion_core.table import Table
@@ -104,12 +104,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, np.ndarray, 
 def approximate(large: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[IndexRecord, Path]:
     """An inverted-file index of the large table."""
     place = tmp_path_factory.mktemp("approximate")
-    return index.build(large[0], str(place), exact_rows=1000), place
+    return build.build(large[0], str(place), exact_rows=1000), place
 
 
 @pytest.fixture
 def built(sparse: Any, tmp_path: Path) -> Path:
-    index.build(sparse[0], str(tmp_path / "index"))
+    build.build(sparse[0], str(tmp_path / "index"))
     return tmp_path / "index"
 
 
@@ -134,7 +134,7 @@ def test_meta_rows_are_the_tables_rows_in_the_order_asked_for(
 ) -> None:
     monkeypatch.setattr(index, "_META_BATCH_ROWS", 64)  # many batches; the table's own have 300 rows
     table = sparse[0]
-    index.build(table, str(tmp_path))
+    build.build(table, str(tmp_path))
     wanted = [699, 0, 64, 63, 64, 301]
     rows = Index.open(str(tmp_path)).meta(wanted)
     assert rows.schema == META
@@ -159,7 +159,7 @@ def test_answers_are_padded_where_the_index_is_smaller_than_k(sparse: Any, built
 def test_an_index_of_nothing_is_built_and_answers_nothing(tmp_path: Path) -> None:
     image, text = pairs(20)
     table = write_table(tmp_path / "table", image, text, has_image=np.zeros(20, bool))
-    record = index.build(table, str(tmp_path / "index"))
+    record = build.build(table, str(tmp_path / "index"))
     opened = Index.open(str(tmp_path / "index"))
     assert (record.rows_indexed, record.recalls, record.latency_ms) == (0, (), {})
     assert (opened.search(text.astype(np.float32), 3)[1] == -1).all()
@@ -169,13 +169,13 @@ def test_an_index_of_nothing_is_built_and_answers_nothing(tmp_path: Path) -> Non
 def test_an_index_of_one_vector_can_be_read_again(tmp_path: Path) -> None:
     image, text = pairs(1)
     table = write_table(tmp_path / "table", image, text, has_text=np.zeros(1, bool))
-    assert index.build(table, str(tmp_path / "index")).recalls == ()  # nothing to find beside itself
+    assert build.build(table, str(tmp_path / "index")).recalls == ()  # nothing to find beside itself
     assert Index.open(str(tmp_path / "index")).search(image.astype(np.float32), 2)[1].tolist() == [[0, -1]]
 
 
 def test_an_index_of_an_empty_table_is_built(tmp_path: Path) -> None:
     tables.claim(str(tmp_path / "table"), table_spec(DIM))
-    index.build(Table.open(str(tmp_path / "table")), str(tmp_path / "index"))
+    build.build(Table.open(str(tmp_path / "table")), str(tmp_path / "index"))
     opened = Index.open(str(tmp_path / "index"))
     assert opened.search(np.ones((1, DIM), np.float32), 2)[1].tolist() == [[-1, -1]]
     assert opened.meta([]).schema == META
@@ -200,7 +200,7 @@ def test_exact_search_equals_brute_force_over_many_blocks(sparse: Any, monkeypat
     monkeypatch.setattr(index, "_BLOCK_ROWS", 7)
     table, image, text, has_image = sparse
     ids = np.flatnonzero(has_image)
-    scores, found = index.exact_search(table, "image_embedding", text[:20].astype(np.float32), 12)
+    scores, found = exact_search(table, "image_embedding", text[:20].astype(np.float32), 12)
     expected_scores, expected = brute_force(text[:20], image[ids], ids, 12)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
@@ -209,7 +209,7 @@ def test_exact_search_equals_brute_force_over_many_blocks(sparse: Any, monkeypat
 def test_exact_search_pads_and_puts_the_lower_id_first_among_equals(tmp_path: Path) -> None:
     image = np.repeat(unit_rows(np.eye(2, DIM)), [3, 2], axis=0)
     table = write_table(tmp_path, image, image, part_rows=2)
-    scores, ids = index.exact_search(table, "image_embedding", np.eye(1, DIM, dtype=np.float32), 7)
+    scores, ids = exact_search(table, "image_embedding", np.eye(1, DIM, dtype=np.float32), 7)
     assert ids.tolist() == [[0, 1, 2, 3, 4, -1, -1]]
     assert scores.tolist() == [[1, 1, 1, 0, 0, -np.inf, -np.inf]]
 
@@ -265,13 +265,13 @@ def test_more_cells_are_visited_when_the_first_hold_fewer_than_k(large: Any, app
 
 
 def test_a_higher_target_visits_more_cells(large: Any, approximate: Any, tmp_path: Path) -> None:
-    record = index.build(large[0], str(tmp_path), exact_rows=1000, target_recall=1.0)
+    record = build.build(large[0], str(tmp_path), exact_rows=1000, target_recall=1.0)
     assert record.parameters["nprobe"] > approximate[0].parameters["nprobe"]
     assert all(found.recall == 1.0 for found in record.recalls)
 
 
 def test_an_index_of_texts_is_tuned_with_image_queries_first(large: Any, tmp_path: Path) -> None:
-    record = index.build(large[0], str(tmp_path), "text_embedding", exact_rows=1000)
+    record = build.build(large[0], str(tmp_path), "text_embedding", exact_rows=1000)
     assert [found.queries for found in record.recalls] == ["image", "text"]
     assert min(found.recall for found in record.recalls) >= index.TARGET_RECALL
 
@@ -281,7 +281,7 @@ def test_repeated_vectors_are_no_misses(tmp_path: Path) -> None:
     image, text = pairs(200, seed=5)
     image, text = np.repeat(image, 25, axis=0), np.repeat(text, 25, axis=0)
     table = write_table(tmp_path / "table", image, text)
-    record = index.build(table, str(tmp_path / "index"), exact_rows=100, target_recall=1.0)
+    record = build.build(table, str(tmp_path / "index"), exact_rows=100, target_recall=1.0)
     assert [found.recall for found in record.recalls] == [1.0, 1.0]
     assert record.parameters["nprobe"] < 100
 
@@ -292,16 +292,16 @@ def test_recall_counts_by_score_and_ignores_padding() -> None:
     exact_ids = np.array([[1, 2, 3], [4, 5, -1]])
     scores = np.array([[0.9, 0.8, 0.5], [0.7, -inf, -inf]], np.float32)
     ids = np.array([[1, 9, 8], [4, -1, -1]])
-    assert index.recall(scores, ids, exact_scores, exact_ids, 3) == pytest.approx(3 / 5)
-    assert index.recall(exact_scores, exact_ids, exact_scores, exact_ids, 3) == 1
+    assert choose.recall(scores, ids, exact_scores, exact_ids, 3) == pytest.approx(3 / 5)
+    assert choose.recall(exact_scores, exact_ids, exact_scores, exact_ids, 3) == 1
     nothing = np.full((2, 3), -1)
-    assert np.isnan(index.recall(scores, ids, exact_scores, nothing, 3))
+    assert np.isnan(choose.recall(scores, ids, exact_scores, nothing, 3))
 
 
 def test_the_same_table_and_seed_give_the_same_bytes(large: Any, approximate: Any, tmp_path: Path) -> None:
     first, place = approximate
-    again = index.build(large[0], str(tmp_path / "again"), exact_rows=1000)
-    other = index.build(large[0], str(tmp_path / "other"), exact_rows=1000, seed=1)
+    again = build.build(large[0], str(tmp_path / "again"), exact_rows=1000)
+    other = build.build(large[0], str(tmp_path / "other"), exact_rows=1000, seed=1)
     for part in (first.vectors, first.meta):
         assert (place / part.path).read_bytes() == (tmp_path / "again" / part.path).read_bytes()
     assert (again.parameters, again.recalls) == (first.parameters, first.recalls)
@@ -328,7 +328,7 @@ def test_rows_without_a_fused_vector_are_not_indexed(tmp_path: Path) -> None:
     has_text = np.arange(300) % 4 > 0
     fused, valid = fuser.fuse(image, text, np.ones(300, bool), has_text)
     table = write_table(tmp_path / "table", image, text, has_text=has_text, spec=table_spec(DIM, fuser), fused=fused)
-    record = index.build(table, str(tmp_path / "index"), "fused_embedding")
+    record = build.build(table, str(tmp_path / "index"), "fused_embedding")
     assert record.rows_indexed == valid.sum() == 225
     _, ids = Index.open(str(tmp_path / "index")).search(fused[valid].astype(np.float32), 1)
     np.testing.assert_array_equal(ids[:, 0], np.flatnonzero(valid))
@@ -340,7 +340,7 @@ def test_a_fused_column_in_the_backbones_space_is_measured_with_texts_and_images
     fuser = fusers.create("weighted_sum", {}, DIM)
     fused, _ = fuser.fuse(image, text, np.ones(300, bool), np.ones(300, bool))
     table = write_table(tmp_path / "table", image, text, spec=table_spec(DIM, fuser), fused=fused)
-    record = index.build(table, str(tmp_path / "index"), "fused_embedding")
+    record = build.build(table, str(tmp_path / "index"), "fused_embedding")
     assert [found.queries for found in record.recalls] == ["text", "image"]
 
 
@@ -353,7 +353,7 @@ def test_a_vector_that_is_no_unit_vector_is_named(tmp_path: Path, value: float) 
     image[57] *= value
     table = write_table(tmp_path / "table", image, text, part_rows=40)
     with pytest.raises(ValueError, match=r"row 57 .*'key-57' of /data/001\.tar.* image_embedding of length"):
-        index.build(table, str(tmp_path / "index"))
+        build.build(table, str(tmp_path / "index"))
     assert not [path for path in (tmp_path / "index").rglob("*") if path.is_file()]
 
 
@@ -365,10 +365,10 @@ def test_impossible_builds_are_refused(sparse: Any, tmp_path: Path) -> None:
         ({"target_recall": float("nan")}, "got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            index.build(sparse[0], str(tmp_path / "index"), **options)
+            build.build(sparse[0], str(tmp_path / "index"), **options)
     (tmp_path / "index.json").write_text('{"name": "somebody else\'s"}')
     with pytest.raises(BadIndex, match="not a IndexRecord"):
-        index.build(sparse[0], str(tmp_path))
+        build.build(sparse[0], str(tmp_path))
     assert "somebody" in (tmp_path / "index.json").read_text()
 
 
@@ -499,13 +499,13 @@ def test_a_rebuild_that_dies_leaves_the_old_index_readable(
 
     monkeypatch.setattr(files.PendingFile, "publish", dying)
     with pytest.raises(OSError, match="killed"):
-        index.build(other, str(built))
+        build.build(other, str(built))
     opened = Index.open(str(built))
     opened.check_table(sparse[0])
     assert answers(opened, text) == before and len(published) == publication
 
     monkeypatch.setattr(files.PendingFile, "publish", publish)
-    index.build(other, str(built))
+    build.build(other, str(built))
     Index.open(str(built)).check_table(other)
     assert sorted(path.name.partition("-")[0] for path in built.glob("*.*") if path.is_file()) == [
         "index.json",
@@ -519,7 +519,7 @@ def test_an_open_index_survives_being_replaced(large: Any, approximate: Any, tmp
     image, text = pairs(90, seed=9)
     opened = Index.open(place)
     before = answers(opened, text)
-    index.build(write_table(tmp_path / "other", image, text), place)
+    build.build(write_table(tmp_path / "other", image, text), place)
     assert answers(opened, text) == before
     assert opened.meta([7999])["key"].to_pylist() == ["key-7999"]
 
@@ -530,7 +530,7 @@ def test_a_reader_that_meets_a_rebuild_half_way_reads_again(
     image, text = pairs(90, seed=9)
     path = built / "index.json"
     old = records.from_json(IndexRecord, path.read_bytes(), str(path))
-    new = index.build(write_table(tmp_path / "other", image, text), str(built))
+    new = build.build(write_table(tmp_path / "other", image, text), str(built))
     read, seen = index._read_record, [old]
     monkeypatch.setattr(index, "_read_record", lambda place: seen.pop() if seen else read(place))
     assert Index.open(str(built)).record == new
@@ -566,7 +566,7 @@ def test_an_index_on_an_object_store_is_written_and_opened(
     monkeypatch.setattr(
         files, "resolve", lambda place: (store, place.removeprefix("test://")) if "://" in place else local(place)
     )
-    record = index.build(sparse[0], "test://bucket/index", exact_rows=exact_rows, target_recall=1.0)
+    record = build.build(sparse[0], "test://bucket/index", exact_rows=exact_rows, target_recall=1.0)
     names = {path.name for path in folder.iterdir()}
     assert names == {"index.json", record.vectors.path, record.meta.path}
     opened = Index.open("test://bucket/index")
