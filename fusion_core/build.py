@@ -4,13 +4,15 @@
     add     one piece: its vectors added to a copy of the trained index, its exact answers kept       (any worker)
     finish  pieces merged into shards, columns written, parameters tuned, index.json written last     (launcher)
 
-Pieces lie in the index's `work` folder, named by the trained index and their parts. Memory is that of a piece, of the
-sample, or of the packed codes of a shard, never that of the table.
+A piece is recorded in the index's folder, by the name that the trained index and its parts give it. Memory is that of
+a piece, of the sample, or of the packed codes of a shard, never that of the table.
 """
 
+import contextlib
 import hashlib
 import io
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +37,11 @@ EXACT_ROWS = 20_000  # up to this many vectors, exact search answers in some mil
 TARGET_RECALL = 0.95
 NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 
-_BLOCK_ROWS = 16_384
 _META_BATCH_ROWS = 65_536
 _TRAIN_BYTES = 4 << 30
 _STALE_SECONDS = 24 * 3600
 _JUDGED_AT_ONCE = 32
-_WORK = "work"
+_LEFT = re.compile(r"(piece|training)-[0-9a-f]{16}\.json")
 _GROWTH = 2  # a table that has grown by more than this is trained on anew
 
 
@@ -184,7 +185,7 @@ def _dim(spec: TableSpec, column: str) -> int:
 
 
 def _training_name(job: IndexJob, table: Table) -> str:
-    return f"{_WORK}/training-{job.settings(table.spec)[:16]}.json"
+    return f"training-{job.settings(table.spec)[:16]}.json"
 
 
 def _standing_training(job: IndexJob, table: Table, before: IndexRecord | None) -> Training | None:
@@ -303,7 +304,7 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
     truths = {asked.name: (np.full((len(asked.vectors), k), -np.inf, np.float32),
                            np.full((len(asked.vectors), k), -1, np.int64)) for asked in queries}  # fmt: skip
     numbers: list[npt.NDArray[np.uint32]] = []
-    for rows, block in _blocks(table, job.column):
+    for rows, block in index.blocks(table, job.column):
         _check_lengths(block, lambda i, at=rows: _named_row(table, int(at[i])), job.column)  # type: ignore[misc]
         for asked in queries if len(block) else ():
             scores, places = vectors.exact(asked.vectors, block, k)
@@ -314,39 +315,29 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
         numbers.append(rows.astype(np.uint32))
     in_table = np.concatenate([*numbers, np.empty(0, np.uint32)])
     arrays = {f"{name}_{what}": found[i] for name, found in truths.items() for i, what in enumerate(("scores", "ids"))}
-    below = files.join(job.place, _WORK)
     done = IndexShard(
         tuple(record.features.path for record in piece.records if record.features),
         piece.rows,
-        _publish_index(below, "vectors", shard.base),
-        _publish_index(below, "refine", shard.refine) if shard.refine is not None else None,
-        _publish_numbers(below, [in_table]) if len(in_table) < piece.rows else None,
-        _publish_arrays(below, "truth", arrays, shard.rows),
+        _publish_index(job.place, "vectors", shard.base),
+        _publish_index(job.place, "refine", shard.refine) if shard.refine is not None else None,
+        _publish_numbers(job.place, [in_table]) if len(in_table) < piece.rows else None,
+        _publish_arrays(job.place, "truth", arrays, shard.rows),
     )
-    files.write_bytes(below, f"piece-{piece.name}.json", records.to_json(done))
+    files.write_bytes(job.place, f"piece-{piece.name}.json", records.to_json(done))
 
 
 def _finished(job: IndexJob, name: str) -> IndexShard | None:
     """The record of a piece that is done and whole."""
-    below = files.join(job.place, _WORK)
-    where = files.join(below, f"piece-{name}.json")
+    where = files.join(job.place, f"piece-{name}.json")
     if files.stat(where) is None:
         return None
     try:
         done = records.from_json(IndexShard, files.read_bytes(where), where)
     except records.SchemaMismatch:
         return None
-    entries = files.stat_many([files.join(below, part.path) for part in done.files])
+    entries = files.stat_many([files.join(job.place, part.path) for part in done.files])
     whole = all(e and e.size_bytes == part.size_bytes for e, part in zip(entries, done.files, strict=True))
     return done if whole and all(index.OWN_FILE.fullmatch(part.path) for part in done.files) else None
-
-
-def _blocks(table: Table, column: str) -> Iterator[tuple[Ids, Floats]]:
-    """Row numbers [n] and vectors [n, D] of the rows that have the column, in order."""
-    for first, matrix, present in table.vectors(column, _BLOCK_ROWS):
-        positions = np.flatnonzero(present)
-        if len(positions):
-            yield first + positions, np.ascontiguousarray(matrix[positions], np.float32)
 
 
 def _check_lengths(block: npt.NDArray[Any], name: Callable[[int], str], column: str) -> None:
@@ -447,7 +438,7 @@ def _groups(job: IndexJob, planned: Plan) -> list[list[IndexShard]]:
         shard = _finished(job, piece.name)
         if shard is None:
             raise BadIndex(f"{job.place}: the piece {piece.name} is missing: run the same command again")
-        done.append(_below_work(shard))
+        done.append(shard)
     if not done and not planned.kept:
         return [[]]
     groups: list[list[IndexShard]] = []
@@ -461,17 +452,10 @@ def _groups(job: IndexJob, planned: Plan) -> list[list[IndexShard]]:
     return groups
 
 
-def _below_work(shard: IndexShard) -> IndexShard:
-    def moved(part: Part | None) -> Any:
-        return part and Part(files.join(_WORK, part.path), part.rows, part.size_bytes, part.sha256)
-
-    return IndexShard(
-        shard.parts, shard.rows, moved(shard.vectors), moved(shard.refine), moved(shard.row_numbers), moved(shard.truth)
-    )
-
-
 def _merge(job: IndexJob, training: Training, group: Sequence[IndexShard], scratch: str) -> IndexShard:
     """One shard of all in the group, in their order, published in the index's folder."""
+    if len(group) == 1:
+        return group[0]
     trained = _read_trained(job.place, training, scratch)
     rows = sum(shard.rows for shard in group)
     counts = [shard.vectors.rows for shard in group]
@@ -559,7 +543,7 @@ def _measure(
             scores, ids = _without(own, *whole.search(queries.vectors, k, parameters))
             if not kind.exact_scores:
                 scores = _judged(whole, ids, truth)
-            found.append(choose.recall(scores, ids, *truth, RECALL_K))
+            found.append(index.recall(scores, ids, *truth, RECALL_K))
         return found
 
     def taken(parameters: Parameters) -> npt.NDArray[np.float64]:
@@ -695,11 +679,14 @@ def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -
     current = {part.path for part in now.files}
     replaced = {part.path for part in before.files} if before else set()
     for entry in files.list_files(place):
+        if re.fullmatch(r"piece-[0-9a-f]{16}\.json", entry.place.rpartition("/")[2]):
+            with contextlib.suppress(records.SchemaMismatch):
+                found = records.from_json(IndexShard, files.read_bytes(entry.place), entry.place)
+                replaced |= {part.path for part in found.files}
+    for entry in files.list_files(place):
         name = entry.place.rpartition("/")[2]
-        stale = index.OWN_FILE.fullmatch(name) and time.time() - entry.mtime_ns / 1e9 > _STALE_SECONDS
-        if (name in replaced or stale) and name not in current:
+        stale = time.time() - entry.mtime_ns / 1e9 > _STALE_SECONDS
+        ours = index.OWN_FILE.fullmatch(name) and name not in current
+        if _LEFT.fullmatch(name) or (ours and (name in replaced or stale)):
             files.remove(entry.place)
-    for entry in files.list_files(files.join(place, _WORK)):
-        files.remove(entry.place)
     files.remove_stale_temporaries(place)
-    files.remove_stale_temporaries(files.join(place, _WORK))

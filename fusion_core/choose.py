@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fusion_core import table as tables
 from fusion_core import vectors
+from fusion_core.index import recall
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
 from schemas.feature_table import TableSpec
@@ -19,7 +20,6 @@ from schemas.index import Candidate
 
 RECALL_K = 10
 QUERIES = 1_000  # of each kind, to tune and measure the index with
-SCORE_TOLERANCE = 1e-5  # two float32 sums of one inner product differ by less; identical vectors are equally right
 SAMPLE_ROWS = 100_000
 _SAMPLE_BYTES = 256 << 20  # in float32: memory stays bounded whatever the dimension
 _CHOICE_QUERIES = 250  # of each kind, enough to tell candidates apart
@@ -45,18 +45,6 @@ def kinds_of_query(spec: TableSpec, column: str) -> list[str]:
     if column == "fused_embedding":
         return ["text", "image"] if spec.fuser and spec.fuser.space == "backbone" else ["fused"]
     return ["text", "image"] if column == "image_embedding" else ["image", "text"]
-
-
-def recall(scores: Floats, ids: Ids, exact_scores: Floats, exact_ids: Ids, k: int) -> float:
-    """The share of the true `k` best that an answer found, over all queries; NaN where there was nothing to find.
-
-    An answer is right when it scores as high as the k-th true one, so that any of several identical vectors counts.
-    """
-    wanted = (exact_ids[:, :k] >= 0).sum(axis=1)
-    found = wanted > 0
-    last = exact_scores[found, wanted[found] - 1]
-    right = (scores[found, :k] >= last[:, None] - SCORE_TOLERANCE) & (ids[found, :k] >= 0)
-    return float(right.sum() / wanted.sum()) if found.any() else float("nan")
 
 
 # --- drawing

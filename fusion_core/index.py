@@ -7,7 +7,7 @@ makes it, vectors.py knows FAISS.
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,49 @@ from schemas.feature_table import EMBEDDINGS, Part
 from schemas.index import META, IndexRecord, IndexShard
 
 RECORD = "index.json"
+SCORE_TOLERANCE = 1e-5  # two float32 sums of one inner product differ by less; identical vectors are equally right
 OWN_FILE = re.compile(r"(vectors|refine|rows|truth|trained|queries|meta)-[0-9a-f]{8}\.(faiss|npy|npz|arrow)")
+
+_BLOCK_ROWS = 16_384
 
 
 class BadIndex(ValueError):
     """An index that cannot be used: what is wrong with it, and the remedy."""
+
+
+def exact_search(table: Table, column: str, queries: Floats, k: int) -> tuple[Floats, Ids]:
+    """The true `k` best rows of `column` for each query: scores [q, k] and ids [q, k], padded with -inf and -1.
+
+    Reads the table once, block by block; among equal scores the lower id comes first.
+    """
+    table.check_embedding(column)
+    queries = checked_queries(queries, table.schema.field(column).type.list_size, k)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    ids = np.full((len(queries), k), -1, np.int64)
+    for rows, block in blocks(table, column):
+        new_scores, places = vectors.exact(queries, block, k)
+        scores, ids = vectors.best(np.hstack([scores, new_scores]), np.hstack([ids, rows[places]]), k)
+    return scores, ids
+
+
+def blocks(table: Table, column: str) -> Iterator[tuple[Ids, Floats]]:
+    """Row numbers [n] and vectors [n, D] of the rows that have the column, in order."""
+    for first, matrix, present in table.vectors(column, _BLOCK_ROWS):
+        positions = np.flatnonzero(present)
+        if len(positions):
+            yield first + positions, np.ascontiguousarray(matrix[positions], np.float32)
+
+
+def recall(scores: Floats, ids: Ids, exact_scores: Floats, exact_ids: Ids, k: int) -> float:
+    """The share of the true `k` best that an answer found, over all queries; NaN where there was nothing to find.
+
+    An answer is right when it scores as high as the k-th true one, so that any of several identical vectors counts.
+    """
+    wanted = (exact_ids[:, :k] >= 0).sum(axis=1)
+    found = wanted > 0
+    last = exact_scores[found, wanted[found] - 1]
+    right = (scores[found, :k] >= last[:, None] - SCORE_TOLERANCE) & (ids[found, :k] >= 0)
+    return float(right.sum() / wanted.sum()) if found.any() else float("nan")
 
 
 class Rows:

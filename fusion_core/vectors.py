@@ -90,7 +90,8 @@ class Kind:
         d = self.dims or dim
         sub = int(match[1]) if (match := re.search(r"PQ(\d+)", self.text)) else 0
         code = {
-            "Flat": 4 * d, "SQfp16": 2 * d, "SQ8": d, "SQ4": (d + 1) // 2, "PQ": (sub + 1) // 2, "RaBitQ": (d + 7) // 8 + 8,
+            "Flat": 4 * d, "SQfp16": 2 * d, "SQ8": d, "SQ4": (d + 1) // 2, "PQ": (sub + 1) // 2,
+            "RaBitQ": (d + 7) // 8 + 8,
         }[self.codec]  # fmt: skip
         return code + (8 if self.lists else 0) + {"": 0, "SQ8": dim, "SQfp16": 2 * dim}[self.refine]
 
