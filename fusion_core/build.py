@@ -170,7 +170,8 @@ def _check_request(job: IndexJob, table: Table) -> IndexRecord | None:
     if job.factory:
         Kind.parse(job.factory)
     elif job.max_bytes_per_vector:
-        choose.factories(_dim(table.spec, job.column), job.max_bytes_per_vector)
+        dim = _dim(table.spec, job.column)
+        choose.factories(dim, job.max_bytes_per_vector, max(1, table.num_rows), _n_lists(table.num_rows, dim))
     return before
 
 
@@ -215,7 +216,7 @@ def _standing_training(job: IndexJob, table: Table, before: IndexRecord | None) 
 
 def _train(job: IndexJob, table: Table, clock: Clock) -> Training:
     dim, rng = _dim(table.spec, job.column), np.random.default_rng(job.seed)
-    queries, own = choose.draw_queries(table, job.column, rng)
+    queries, drawn = choose.draw_queries(table, job.column, job.seed)
     for asked in queries:
         _check_lengths(asked.vectors, lambda i, a=asked: f"row {a.rows[i]} of {a.parts[i]}", f"{asked.name}_embedding")  # type: ignore[misc]
     if not job.factory and table.num_rows <= job.exact_rows:
@@ -225,7 +226,7 @@ def _train(job: IndexJob, table: Table, clock: Clock) -> Training:
     most_lists = _n_lists(table.num_rows, dim)
     wanted = max(choose.sample_rows(dim), vectors.TRAIN_PER_LIST * most_lists)
     # Queries are held out, as far as a small table can spare them.
-    held_out = own if table.num_rows > 4 * len(own) else None
+    held_out = drawn if table.num_rows > 4 * len(drawn) else None
     _, sample = choose.draw(table, job.column, wanted, rng, held_out)
     _check_lengths(sample, lambda i: "a sampled row", job.column)
     rows = table.num_rows if len(sample) == wanted else len(sample)
@@ -236,7 +237,7 @@ def _train(job: IndexJob, table: Table, clock: Clock) -> Training:
         factory = "Flat"
     elif not factory:
         few = np.sort(rng.permutation(len(sample))[: choose.sample_rows(dim)])
-        trial = choose.Trial.of(sample[few].astype(np.float32), queries, rows, _n_lists(len(few), dim), job.seed)
+        trial = choose.Trial.of(sample[few].astype(np.float32), queries, rows, _n_lists(len(few), dim), lists, job.seed)
         candidates = choose.choose(trial, job.target_recall, job.max_bytes_per_vector, job.tune_seconds, clock.log)
         factory = next(item.factory for item in candidates if item.chosen)
         del trial
@@ -300,7 +301,7 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
     with folder as scratch:
         shard = _read_trained(job.place, training, scratch)
         queries = _read_queries(job, spec, training, scratch)
-    k = RECALL_K + 1  # a query of the indexed column finds itself
+    k = RECALL_K + 1  # a query's own row does not count
     truths = {asked.name: (np.full((len(asked.vectors), k), -np.inf, np.float32),
                            np.full((len(asked.vectors), k), -1, np.int64)) for asked in queries}  # fmt: skip
     numbers: list[npt.NDArray[np.uint32]] = []
@@ -370,7 +371,6 @@ def _read_queries(job: IndexJob, spec: TableSpec, training: Training, scratch: s
                 held[f"{name}_vectors"],
                 held[f"{name}_parts"].astype(str),
                 held[f"{name}_rows"],
-                own=f"{name}_embedding" == job.column,
             )
             for name in choose.kinds_of_query(spec, job.column)
         ]
@@ -567,10 +567,11 @@ def _truth(
     starts: dict[str, tuple[int, int]],
     scratch: str,
 ) -> tuple[tuple[Floats, Ids], Ids]:
-    """The true best RECALL_K over all shards, without the query itself; and the id of each query's own row, or -2."""
-    own = np.full(len(queries.vectors), -2, np.int64)
-    if queries.own:
-        own = np.array(
+    """The true best RECALL_K over all shards but for the query's own row; and the id of that row, or -2.
+
+    A caption's own picture is its easiest answer, and not one that a user's text has.
+    """
+    own = np.array(
             [starts[part][0] + row if part in starts else -2
              for part, row in zip(queries.parts.tolist(), queries.rows.tolist(), strict=True)], np.int64,
         )  # fmt: skip
@@ -598,7 +599,9 @@ def _judged(whole: Shards, ids: Ids, truth: tuple[Floats, Ids]) -> Floats:
     unsure = np.flatnonzero((~right & (ids >= 0)).any(axis=1))
     for some in np.array_split(unsure, max(1, len(unsure) // _JUDGED_AT_ONCE)):
         found, wanted = (
-            whole.reconstruct(np.maximum(which[some], which[some, :1]).reshape(-1)).reshape(len(some), -1, whole.dim)
+            whole.reconstruct(np.where(which[some] < 0, which[some, :1], which[some]).reshape(-1)).reshape(
+                len(some), -1, whole.dim
+            )
             for which in (ids, truth[1])
         )
         apart = ((found[:, :, None] - wanted[:, None]) ** 2).sum(axis=3).min(axis=2)

@@ -31,13 +31,12 @@ _AS_FAST = 1.1  # within this of the fastest, the smallest wins
 
 @dataclass(frozen=True)
 class Queries:
-    """Vectors [q, D] drawn from one column; `own` when that is the indexed column, so that each would find itself."""
+    """Vectors [q, D] drawn from one column."""
 
     name: str
     vectors: Floats
     parts: npt.NDArray[np.str_]  # where each was drawn: the path of its part,
     rows: Ids  # and the row in it
-    own: bool
 
 
 def kinds_of_query(spec: TableSpec, column: str) -> list[str]:
@@ -91,19 +90,18 @@ def _positions(table: Table, wanted: int, rng: np.random.Generator) -> Ids:
     return found
 
 
-def draw_queries(table: Table, column: str, rng: np.random.Generator) -> tuple[list[Queries], Ids]:
-    """Queries of each kind, and the ids of those that are of the indexed column: not to be trained on."""
-    found, own = [], np.empty(0, np.int64)
+def draw_queries(table: Table, column: str, seed: int) -> tuple[list[Queries], Ids]:
+    """Queries of each kind, of the same rows as far as these have both, and their ids: not to be trained on."""
+    found, drawn = [], np.empty(0, np.int64)
     firsts = np.cumsum([0, *(part.rows for part in table.parts)])
     paths = np.array([part.path for part in table.parts])
     for name in kinds_of_query(table.spec, column):
-        source = f"{name}_embedding"
-        ids, matrix = draw(table, source, QUERIES, rng)
+        ids, matrix = draw(table, f"{name}_embedding", QUERIES, np.random.default_rng(seed))
         part = np.searchsorted(firsts, ids, "right") - 1
         named = paths[part] if len(ids) else np.empty(0, "U1")
-        found.append(Queries(name, matrix.astype(np.float32), named, ids - firsts[part], source == column))
-        own = ids if source == column else own
-    return found, own
+        found.append(Queries(name, matrix.astype(np.float32), named, ids - firsts[part]))
+        drawn = np.union1d(drawn, ids)
+    return found, drawn
 
 
 def sample_rows(dim: int) -> int:
@@ -176,7 +174,7 @@ def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDA
 # --- choosing
 
 
-def factories(dim: int, max_bytes: float) -> list[str]:
+def factories(dim: int, max_bytes: float, rows: int = 0, lists: int = 1) -> list[str]:
     """The types worth a trial, with the number of cells left open (1); the surest first.
 
     Raises ValueError, naming the smallest, where none is as small as asked for.
@@ -189,15 +187,15 @@ def factories(dim: int, max_bytes: float) -> list[str]:
                   f"SVD{h},IVF1,PQ{h}x4fs", f"SVD{q},IVF1,PQ{q}x4fs", "IVF1,RaBitQ,Refine(SQ8)"]  # fmt: skip
     found += ["SQ8", "SQ4"]
     small = [f"SVD{dim // n},IVF1,PQ{dim // n}x4fs" for n in (8, 16) if dim % n == 0] if dim % 8 == 0 else []
-    sizes = {factory: Kind.parse(factory).bytes_per_vector(dim) for factory in (*found, *small)}
+    sizes = {factory: Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows) for factory in (*found, *small)}
     fitting = [factory for factory in found if not max_bytes or sizes[factory] <= max_bytes]
     if fitting:
         return fitting
     fitting = [factory for factory in small if sizes[factory] <= max_bytes]
     if not fitting:
         raise ValueError(
-            f"no index of {dim} dimensions takes at most {max_bytes:g} bytes for a vector; the smallest takes "
-            f"{min(sizes.values()):g}"
+            f"no index of {rows:,} vectors of {dim} dimensions takes at most {max_bytes:g} bytes for a vector; the "
+            f"smallest takes {min(sizes.values()):.0f}"
         )
     return fitting
 
@@ -210,17 +208,20 @@ class Trial:
     queries: Sequence[Queries]
     truths: Sequence[tuple[Floats, Ids]]
     rows: int  # of the whole table
-    lists: int
+    lists: int  # for the sample,
+    full_lists: int  # and for the whole table
     seed: int
     known: dict[tuple[int, int], Floats]
 
     @classmethod
-    def of(cls, sample: Floats, queries: Sequence[Queries], rows: int, lists: int, seed: int) -> "Trial":
+    def of(
+        cls, sample: Floats, queries: Sequence[Queries], rows: int, lists: int, full_lists: int, seed: int
+    ) -> "Trial":
         """A trial; at most _CHOICE_QUERIES of each kind are used."""
         few = [replace(asked, vectors=asked.vectors[:: max(1, len(asked.vectors) // _CHOICE_QUERIES)])
                for asked in queries if len(asked.vectors)]  # fmt: skip
         truths = [vectors.exact(asked.vectors, sample, RECALL_K) for asked in few]
-        return cls(sample, few, truths, rows, lists, seed, {})
+        return cls(sample, few, truths, rows, lists, full_lists, seed, {})
 
     def measure(self, factory: str, target: float) -> Candidate:
         """One candidate, tuned."""
@@ -233,7 +234,7 @@ class Trial:
             factory,
             parameters,
             {asked.name: round(r, 4) for asked, r in zip(self.queries, self._recalls(shard, parameters), strict=True)},
-            kind.bytes_per_vector(self.sample.shape[1]),
+            round(kind.with_lists(self.full_lists).bytes_per_vector(self.sample.shape[1], self.rows), 1),
             round(taken, 1),
             # With 4 √n cells both their number and their size grow by √n; about as many of them need to be visited.
             round(taken * (growth**0.5 if kind.lists else growth), 1),
@@ -262,7 +263,7 @@ def choose(
     """
     tried: list[Candidate] = []
     deadline = time.perf_counter() + seconds
-    for factory in factories(trial.sample.shape[1], max_bytes):
+    for factory in factories(trial.sample.shape[1], max_bytes, trial.rows, trial.full_lists):
         if tried and time.perf_counter() > deadline:
             log(f"index: the time for the choice is over; {len(tried)} candidates were tried")
             break

@@ -85,8 +85,12 @@ class Kind:
         last = self.refine or self.codec
         return last in ("Flat", "SQfp16") and (bool(self.refine) or not self.dims)
 
-    def bytes_per_vector(self, dim: int) -> float:
-        """Of codes and the numbers that cells keep."""
+    def bytes_per_vector(self, dim: int, rows: int = 0) -> float:
+        """Of codes and the numbers that cells keep; with `rows`, also the share of cells' centres and projection."""
+        shared = 4 * ((self.dims or dim) * self.lists + self.dims * dim) + 300 * self.lists * self.graph
+        return self._own_bytes(dim) + (shared / rows if rows else 0)
+
+    def _own_bytes(self, dim: int) -> int:
         d = self.dims or dim
         sub = int(match[1]) if (match := re.search(r"PQ(\d+)", self.text)) else 0
         code = {
@@ -134,6 +138,7 @@ class Shard:
         self.base.add(vectors)
         if self.refine is not None:
             self.refine.add(vectors)
+            self._whole.ntotal = self.base.ntotal
 
     def empty_copy(self) -> "Shard":
         """An index trained like this one (which must be empty itself)."""
