@@ -40,7 +40,7 @@ NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 _META_BATCH_ROWS = 65_536
 _TRAIN_BYTES = 4 << 30
 _STALE_SECONDS = 24 * 3600
-_JUDGED_AT_ONCE = 32
+_JUDGED_AT_ONCE = 1024
 _LEFT = re.compile(r"(piece|training)-[0-9a-f]{16}\.json")
 _GROWTH = 2  # a table that has grown by more than this is trained on anew
 
@@ -169,9 +169,9 @@ def _check_request(job: IndexJob, table: Table) -> IndexRecord | None:
         pass  # a place that cannot be written to should be known before the work, not after
     if job.factory:
         Kind.parse(job.factory)
-    elif job.max_bytes_per_vector:
+    elif job.max_bytes_per_vector and table.num_rows > job.exact_rows:
         dim = _dim(table.spec, job.column)
-        choose.factories(dim, job.max_bytes_per_vector, max(1, table.num_rows), _n_lists(table.num_rows, dim))
+        choose.factories(dim, job.max_bytes_per_vector, table.num_rows, _n_lists(table.num_rows, dim))
     return before
 
 
@@ -536,13 +536,17 @@ def _measure(
     if not asked:
         return {}, [], {}
     k = min(RECALL_K + 1, whole.rows)
+    stored = {}
+    if not kind.exact_scores:
+        for queries, (_, ids), _ in asked:
+            stored[queries.name] = whole.reconstruct(ids.reshape(-1)).reshape(*ids.shape, dim)
 
     def recalls(parameters: Parameters) -> list[float]:
         found = []
         for queries, truth, own in asked:
             scores, ids = _without(own, *whole.search(queries.vectors, k, parameters))
             if not kind.exact_scores:
-                scores = _judged(whole, ids, truth)
+                scores = _judged(whole, ids, truth[1], stored[queries.name])
             found.append(index.recall(scores, ids, *truth, RECALL_K))
         return found
 
@@ -590,23 +594,20 @@ def _without(own: Ids, scores: Floats, ids: Ids) -> tuple[Floats, Ids]:
     return vectors.best(np.where(mine, np.float32(-np.inf), scores), np.where(mine, -1, ids), RECALL_K)
 
 
-def _judged(whole: Shards, ids: Ids, truth: tuple[Floats, Ids]) -> Floats:
+def _judged(whole: Shards, ids: Ids, truth: Ids, stored: Floats) -> Floats:
     """Scores that say only what is right: the true best, and what the index cannot tell from one of them.
 
-    Its own scores are of lossy codes. Of identical vectors the codes are identical.
+    Its own scores are of lossy codes. Of identical vectors the codes are identical, so `stored` (what the index has of
+    the true best, [q, k, D]) is found again.
     """
-    right = (ids[:, :, None] == truth[1][:, None, :]).any(axis=2) & (ids >= 0)
-    unsure = np.flatnonzero((~right & (ids >= 0)).any(axis=1))
-    for some in np.array_split(unsure, max(1, len(unsure) // _JUDGED_AT_ONCE)):
-        found, wanted = (
-            whole.reconstruct(np.where(which[some] < 0, which[some, :1], which[some]).reshape(-1)).reshape(
-                len(some), -1, whole.dim
-            )
-            for which in (ids, truth[1])
-        )
-        apart = ((found[:, :, None] - wanted[:, None]) ** 2).sum(axis=3).min(axis=2)
-        right[some] |= (apart < 1e-12) & (ids[some] >= 0)
-    return np.where(right, np.float32(np.inf), np.float32(-np.inf))
+    right = (ids[:, :, None] == truth[:, None, :]).any(axis=2)
+    query, place = np.nonzero(~right & (ids >= 0))
+    for some in np.array_split(np.arange(len(query)), -(-len(query) // _JUDGED_AT_ONCE) or 1):
+        found = whole.reconstruct(ids[query[some], place[some]])
+        theirs = stored[query[some]]
+        apart = (found**2).sum(1)[:, None] + (theirs**2).sum(2) - 2 * np.einsum("nd,nkd->nk", found, theirs)
+        right[query[some], place[some]] = (apart < 1e-6).any(axis=1)
+    return np.where(right & (ids >= 0), np.float32(np.inf), np.float32(-np.inf))
 
 
 # --- files

@@ -180,12 +180,12 @@ def factories(dim: int, max_bytes: float, rows: int = 0, lists: int = 1) -> list
     Raises ValueError, naming the smallest, where none is as small as asked for.
     """
     h, q = dim // 2, dim // 4
-    found = ["Flat", "IVF1,SQfp16", "SQfp16", "IVF1,SQ8"]
+    found = ["Flat", "IVF1,SQfp16", "IVF1,SQ8"]
     if dim % 8 == 0:
         found += [f"IVF1,PQ{h}x4fs,Refine(SQ8)", f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8",
                   f"IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
                   f"SVD{h},IVF1,PQ{h}x4fs", f"SVD{q},IVF1,PQ{q}x4fs", "IVF1,RaBitQ,Refine(SQ8)"]  # fmt: skip
-    found += ["SQ8", "SQ4"]
+    found += ["SQfp16", "SQ8", "SQ4"]
     small = [f"SVD{dim // n},IVF1,PQ{dim // n}x4fs" for n in (8, 16) if dim % n == 0] if dim % 8 == 0 else []
     sizes = {factory: Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows) for factory in (*found, *small)}
     fitting = [factory for factory in found if not max_bytes or sizes[factory] <= max_bytes]

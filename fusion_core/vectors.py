@@ -271,7 +271,7 @@ def _cells(vectors: Floats, lists: int, seed: int) -> Floats:
     clustering = faiss.Clustering(dim, lists)
     clustering.spherical, clustering.seed, clustering.niter = True, seed, 10
     clustering.min_points_per_centroid = 1
-    clustering.max_points_per_centroid = 256
+    clustering.max_points_per_centroid = 64
     clustering.train(np.ascontiguousarray(vectors), on_device(faiss.IndexFlatIP(dim)))
     centres: Floats = faiss.vector_to_array(clustering.centroids).reshape(lists, dim).copy()
     return centres
