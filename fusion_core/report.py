@@ -97,10 +97,42 @@ def _describe_index(index: IndexRecord) -> dict[str, Any]:
         "column": index.column,
         "rows_indexed": index.rows_indexed,
         "rows_table": index.rows_table,
-        "bytes": index.vectors.size_bytes,
+        "bytes": index.size_bytes,
+        "shards": max(1, len(index.shards)),
+        "parameters": index.parameters,
+        "target": index.target_recall,
         "recalls": index.recalls,
         "latency_ms": index.latency_ms,
+        "candidates": _describe_candidates(index),
     }
+
+
+def _describe_candidates(index: IndexRecord) -> list[dict[str, Any]]:
+    """What was tried, with places in a plot of 100 × 100: log microseconds to the right, recall upwards."""
+    tried = index.training.candidates if index.training else ()
+    if not tried:
+        return []
+    times = np.log10([max(item.expected_microseconds, 1) for item in tried])
+    least = [min(item.recalls.values(), default=0.0) for item in tried]
+    sizes = np.sqrt([item.bytes_per_vector for item in tried])
+    low = min(*least, index.target_recall) - 0.02
+    span = max(times.max() - times.min(), 0.3)
+    return [
+        {
+            "factory": item.factory,
+            "parameters": ", ".join(f"{name} {value}" for name, value in item.parameters.items()),
+            "recalls": item.recalls,
+            "bytes": item.bytes_per_vector,
+            "microseconds": item.microseconds,
+            "expected": item.expected_microseconds,
+            "chosen": item.chosen,
+            "x": 8 + 84 * float(x - times.min()) / span,
+            "y": 92 - 84 * (recall - low) / (1.0 - low),
+            "radius": 1 + 3 * float(size / sizes.max()),
+            "target_y": 92 - 84 * (index.target_recall - low) / (1.0 - low),
+        }
+        for item, x, recall, size in zip(tried, times, least, sizes, strict=True)
+    ]
 
 
 def _stages(table: Table) -> list[dict[str, Any]]:

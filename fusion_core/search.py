@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusion_core import fields, files, fusers, images, tabular, tars, towers, where
-from fusion_core.index import BadIndex, Floats, Ids, Index
+from fusion_core.index import BadIndex, Index
 from fusion_core.towers import Towers
+from fusion_core.vectors import Floats, Ids
 from schemas import records
 from schemas.feature_table import InputSpec, TowerSpec
 from schemas.index import ANSWER, META

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("embed", "retry"):
+    if rest and args.command not in ("embed", "retry", "index"):
         parser.error(f"{args.command} has no option {rest[0]}")
     _quieten()
     args.command_line = "fusion " + " ".join(arguments)
@@ -95,9 +95,9 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     next(iter(shards.plan(args.input, inputs)))  # that there is nothing to read is said before the slow imports
 
     from fusion_core import towers
-    from pipelines import embed, plan
+    from pipelines import embed, plan, runner
 
-    embed.check_beam_options(rest, vars(args))
+    runner.check_beam_options(rest, vars(args))
     tower = _tower(args, table.read_spec(output))
     fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser))
@@ -131,9 +131,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     from fusion_core import table, towers
-    from pipelines import embed, plan
+    from pipelines import embed, plan, runner
 
-    embed.check_beam_options(rest, vars(args))
+    runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
     spec = feature_table.spec
     broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
@@ -148,9 +148,9 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
     from fusion_core import report, table
-    from pipelines import embed, workers
+    from pipelines import embed, runner, workers
 
-    knobs = embed.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
+    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
     if planned.work and embed.runs_apart(knobs) and not any(option.startswith("--runner") for option in rest):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, args.command_line, rest)
@@ -229,16 +229,28 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
 # --- index and search -----------------------------------------------------------------------------------------------
 
 
-def _index(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import files, index, report, table
+def _index(args: argparse.Namespace, rest: list[str]) -> int:
+    from fusion_core import build, files, report, table
 
     feature_table = table.Table.open(args.table)
     feature_table.check_embedding(args.column)
-    say = partial(print, file=sys.stderr)
-    record = index.build(feature_table, files.absolute(args.output), args.column, log=say)
-    report.write(feature_table, files.absolute(args.output), "Retrieval index", index=record)
+
+    from pipelines import index, runner
+
+    runner.check_beam_options(rest, vars(args))
+    place = files.absolute(args.output)
+    asked = ("column", "target_recall", "max_bytes_per_vector", "max_shard_bytes", "tune_seconds")
+    job = build.IndexJob(place, **{name: getattr(args, name) for name in asked})
+    knobs = runner.Knobs(workers=args.workers or 0)
+    try:
+        record = index.run(job, feature_table, knobs, rest, partial(print, file=sys.stderr))
+    except ValueError as error:  # of the request or of the table's vectors
+        print(f"fusion index: {error}", file=sys.stderr)
+        return USAGE
+    report.write(feature_table, place, "Retrieval index", index=record)
     rows, parameters = f"{record.rows_indexed:,} of {record.rows_table:,} rows", record.parameters or ""
-    print(f"{args.output}: {rows}, {record.factory} {parameters}")
+    size = record.size_bytes / max(1, record.rows_indexed)
+    print(f"{args.output}: {rows}, {record.factory} {parameters}, {size:.0f} bytes for a vector")
     for found in record.recalls:
         measured = f"{found.recall:.4f} (n={found.n_queries})"
         print(f"  recall@{found.k} of {found.queries} queries against exact search: {measured}")

@@ -6,10 +6,8 @@ Each unit is read, decoded, embedded and written by one DoFn call, so that heavy
 commits whole or not at all. What to do is the launcher's to plan (plan.py), and it has the last word on success.
 """
 
-import difflib
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +15,10 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import files, shards, table, towers, unit
+from fusion_core import files, table, towers, unit
 from pipelines import progress, workers
 from pipelines.plan import Plan
+from pipelines.runner import Knobs, local_runner
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 
 _LOG = logging.getLogger("fusion.unit")
@@ -33,21 +32,6 @@ class EmbedJob:
     output: str
     spec: TableSpec
     pretrained: str = ""  # where the weights lie now, if not where the spec says
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """What decides only how fast the rows come."""
-
-    device: str = "auto"
-    batch: int = 0  # 0: what suits the device
-    workers: int = 0  # 0: one for each core
-    quiet: bool = False
-
-    @property
-    def threads(self) -> int:
-        """Units worked on at once by the local runner."""
-        return self.workers or len(os.sched_getaffinity(0))
 
 
 class Outcome(NamedTuple):
@@ -162,32 +146,3 @@ def _done(record: ManifestRecord | None, work: unit.Work) -> bool:
     """Whether a record is of this work, not of an earlier run of the unit."""
     before = work.previous.revision if work.previous else -1
     return record is not None and record.revision > before and record.unit.identity == work.unit.identity
-
-
-def local_runner(knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
-    """The options of the default runner: Beam's FnApiRunner by name, in threads (whose work is done in workers.py).
-
-    Beam's own default first tries to download a binary; its multi-processing mode hangs for good when a worker is
-    killed, so it is refused.
-    """
-    if any("multi_processing" in option for option in beam_options):
-        raise shards.InputError(
-            "--direct_running_mode=multi_processing hangs when a worker is killed: use --workers, and "
-            "several launchers with --shard-index/--num-shards over machines"
-        )
-    if any(option.startswith("--runner") for option in beam_options):
-        return []
-    return ["--runner=FnApiRunner", "--direct_running_mode=multi_threading", f"--direct_num_workers={knobs.threads}"]
-
-
-def check_beam_options(beam_options: Sequence[str], ours: Iterable[str]) -> None:
-    """Raises InputError for an option that neither we nor Beam know; other runners than the local one may know more."""
-    if any(option.startswith("--runner") for option in beam_options):
-        return
-    known = PipelineOptions([]).get_all_options()
-    for option in beam_options:
-        name = option.lstrip("-").partition("=")[0]
-        if option.startswith("-") and name.replace("-", "_") not in known:
-            near = difflib.get_close_matches(name, [*known, *(item.replace("_", "-") for item in ours)], n=3)
-            hint = f"; did you mean {' or '.join('--' + item for item in near)}?" if near else ""
-            raise shards.InputError(f"no option {option.partition('=')[0]}, neither of fusion embed nor of Beam{hint}")

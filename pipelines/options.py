@@ -116,6 +116,26 @@ def _index(parser: argparse.ArgumentParser) -> None:
         default="image_embedding",
         help="image_embedding, text_embedding or fused_embedding (default: %(default)s)",
     )
+    parser.add_argument(
+        "--target-recall",
+        type=fraction,
+        default=0.95,
+        help="recall@10 against exact search, for queries of either modality (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes-per-vector", type=positive, default=0, metavar="N", help="no larger index than this"
+    )
+    parser.add_argument(
+        "--max-shard-bytes", type=positive, default=4 << 30, metavar="N", help="per file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tune-seconds",
+        type=positive,
+        default=120,
+        help="time for the choice among types of index (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=positive, help="pieces worked on at once (default: one for each core)")
+    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
 
 
 def _search(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +258,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and not above 1."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return number
 
 

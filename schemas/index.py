@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from schemas import records
 from schemas.feature_table import Part, TableSpec
 
 
@@ -19,13 +18,67 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to store the vectors, measured on a sample of the table with held-out queries."""
+
+    factory: str
+    parameters: dict[str, int]  # tuned on the sample
+    recalls: dict[str, float]  # recall@10 by kind of query
+    bytes_per_vector: float
+    microseconds: float  # median of one query on one thread, over the sample
+    expected_microseconds: float  # the same over the whole table, by extrapolation: what candidates are compared by
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """What was learned once from a sample and is kept while the table grows: the type, its codebooks, its queries."""
+
+    factory: str
+    rows_table: int  # of the table then; another training is due when it has more than doubled
+    rows_sampled: int
+    settings: str  # fingerprint of what was asked for: column, kind of table, target, limit of bytes, seed
+    trained: Part  # an empty index (FAISS)
+    trained_refine: Part | None
+    queries: Part  # held out from training, by kind (npz)
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class IndexShard:
+    """The vectors of some parts of the table, numbered 0, 1, ... in the order of `parts` (their paths) and rows.
+
+    `row_numbers` (uint32, npy) has the row within the concatenated parts for each vector, where rows are left out.
+    `truth` (npz) has the exact best of this shard for the training's queries.
+    """
+
+    parts: tuple[str, ...]
+    rows: int  # of the parts, with or without a vector
+    vectors: Part
+    refine: Part | None = None
+    row_numbers: Part | None = None
+    truth: Part | None = None
+
+    @property
+    def files(self) -> tuple[Part, ...]:
+        """All there are."""
+        return tuple(part for part in (self.vectors, self.refine, self.row_numbers, self.truth) if part)
+
+    @property
+    def size_bytes(self) -> int:
+        """What a search reads from."""
+        return sum(part.size_bytes for part in (self.vectors, self.refine, self.row_numbers) if part)
+
+
+@dataclass(frozen=True)
 class IndexRecord:
     """What an index was built from, how, and how well it does (index.json). Written last.
 
-    An id is the row's position in the table's manifest order; rows without the modality are not in the index. The two
-    parts carry their hash in their name (`vectors-<hash>.faiss`, `meta-<hash>.arrow`), so that a rebuild never touches
+    An id is the row's position in the table's manifest order; rows without the modality are not in the index. All files
+    carry their hash in their name (`vectors-<hash>.faiss`, `meta-<hash>.arrow`), so that a rebuild never touches
     a file that the standing index.json names. The meta part has one row for every row of the table, in equal record
-    batches but for the last, so that row `id` is found by division.
+    batches but for the last, so that row `id` is found by division. An index written before 1.1 has no `shards`: its
+    one file of vectors holds the ids themselves.
     """
 
     table: str  # where the table was
@@ -38,13 +91,32 @@ class IndexRecord:
     factory: str  # FAISS factory string
     metric: str  # "inner_product": vectors are unit length, so scores are cosines
     parameters: dict[str, int]  # search-time, such as nprobe
-    vectors: Part
+    vectors: Part  # of the first shard
     meta: Part
     recalls: tuple[Recall, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)  # "p50", "p99": one query, one thread
     seconds: dict[str, float] = field(default_factory=dict)  # by stage of the build
     seed: int = 0  # of the training sample, the clustering and the drawn queries
-    schema_version: str = records.VERSION
+    shards: tuple[IndexShard, ...] = ()
+    training: Training | None = None
+    target_recall: float = 0.95
+    max_bytes_per_vector: float = 0  # 0: no limit
+    schema_version: str = "1.1"
+
+    @property
+    def files(self) -> tuple[Part, ...]:
+        """Every file that the index owns."""
+        found = [self.vectors, self.meta, *(part for shard in self.shards for part in shard.files)]
+        if self.training:
+            found += [
+                part for part in (self.training.trained, self.training.trained_refine, self.training.queries) if part
+            ]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def size_bytes(self) -> int:
+        """What a search reads vectors from."""
+        return sum(shard.size_bytes for shard in self.shards) or self.vectors.size_bytes
 
 
 META = pa.schema(

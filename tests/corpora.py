@@ -109,7 +109,7 @@ def write_scene_index(folder: Path, scenes: int = 40) -> str:
     """The place of an index of drawn scenes, embedded with the demo's model, and of some rows that are odd: a caption
     in HTML, a picture without a caption, a transparent one, a caption without a picture.
     """
-    from fusion_core import index, shards, towers, unit
+    from fusion_core import build, shards, towers, unit
     from fusion_core.demo import shards as demo_shards
 
     (shard,) = demo_shards.write_shards(folder / "shards", scenes, scenes, 7, broken=False)
@@ -126,7 +126,7 @@ def write_scene_index(folder: Path, scenes: int = 40) -> str:
     spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
     for work in shards.plan([str(shard.parent / "*.tar")], inputs):
         unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
-    index.build(table.Table.open(str(folder / "table")), str(folder / "index"))
+    build.build(table.Table.open(str(folder / "table")), str(folder / "index"))
     return str(folder / "index")
 
 

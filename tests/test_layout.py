@@ -12,7 +12,7 @@ FLOORS = {"schemas": 0, "fusion_core": 1, "pipelines": 2}
 DOORS = {
     "apache_beam": ("pipelines/",),
     "open_clip": ("fusion_core/towers.py", "fusion_core/demo/"),
-    "faiss": ("fusion_core/index.py",),
+    "faiss": ("fusion_core/vectors.py",),
     "pyarrow.fs": ("fusion_core/files.py",),
     "fastapi": ("pipelines/serve.py",),
     "starlette": ("pipelines/serve.py",),

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from fusion_core import index, search, shards, table, towers, unit
+from fusion_core import build, index, search, shards, table, towers, unit
 from fusion_core.demo import shards as demo_shards
 from infra.bench import measure
 from schemas.feature_table import InputSpec, TableSpec
@@ -47,7 +47,7 @@ def scenes(folder: Path, rows: int) -> str:
         spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
         for work in shards.plan([f"{folder}/shards/*.tar"], inputs):
             unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
-        index.build(table.Table.open(str(folder / "table")), str(place))
+        build.build(table.Table.open(str(folder / "table")), str(place))
     return str(place)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_core import fusers, images, index, readers, search, shards, towers
+from fusion_core import build, fusers, images, readers, search, shards, towers
 from fusion_core import table as tables
 from fusion_core.demo import scenes
 from fusion_core.index import Index
@@ -129,7 +129,7 @@ def open_index(
     ) as writer:
         writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema))
         writer.commit()
-    index.build(tables.Table.open(str(place / "table")), str(place / "index"), column)
+    build.build(tables.Table.open(str(place / "table")), str(place / "index"), column)
     return Index.open(str(place / "index"))
 
 

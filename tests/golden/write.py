@@ -6,7 +6,7 @@ Files of a version that was released are never written again: later releases mus
 import shutil
 from pathlib import Path
 
-from fusion_core import fusers, index, table
+from fusion_core import build, fusers, table
 from schemas import records
 from schemas.feature_table import TableSpec
 from tests.corpora import SPEC, TOWER, toy_unit, write_unit
@@ -26,7 +26,7 @@ def main() -> None:
     write_unit(place, toy_unit("b-000000000002", "/data/b.tar"), [0, 1, 2], spec=spec)
     table.compact(str(place))
     write_unit(place, toy_unit("c-000000000003", "/data/c.tar"), [0, 1], spec=spec)
-    index.build(table.Table.open(str(place)), str(folder / "index"))
+    build.build(table.Table.open(str(place)), str(folder / "index"))
     fusers.save(fuser, str(folder / "fuser"))
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(".tmp"))
 

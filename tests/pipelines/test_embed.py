@@ -21,7 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from safetensors.numpy import load_file, save_file
 
 from fusion_core import files, table, towers
-from pipelines import cli, embed, plan
+from pipelines import cli, embed, plan, runner
 from schemas.feature_table import TableSpec
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
@@ -317,8 +317,8 @@ def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     spec = TableSpec(towers.load(towers.DEMO).spec)
     job = embed.EmbedJob(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
     planned = plan.compare([str(tmp_path / "a.tar")], job.output, spec)
-    knobs = embed.Knobs(workers=2)
-    pipeline = beam.Pipeline(options=PipelineOptions(embed.local_runner(knobs, [])))
+    knobs = runner.Knobs(workers=2)
+    pipeline = beam.Pipeline(options=PipelineOptions(runner.local_runner(knobs, [])))
     pipeline | beam.Create(planned.work, reshuffle=False) | embed.EmbedUnits(job, knobs)
     result = pipeline.run()
     result.wait_until_finish()
