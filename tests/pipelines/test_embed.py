@@ -266,7 +266,7 @@ def test_units_that_a_parquet_file_has_no_more_leave_the_table(tmp_path: Path, r
     [
         (["--fuser", "median"], "no fuser 'median'"),
         (["--shard-index", "2", "--num-shards", "2"], "--shard-index 2 is not one of 0…1"),
-        (["--ouptut", "x"], "no option --ouptut, neither of fusion embed nor of Beam; did you mean"),
+        (["--ouptut", "x"], "no option --ouptut, neither of fusion nor of Beam; did you mean"),
         (["--direct_running_mode=multi_processing"], "hangs when a worker is killed"),
         (["--image-column", "x", "--model", "ViT-B32"], "did you mean"),
     ],
