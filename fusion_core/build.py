@@ -54,7 +54,7 @@ class IndexJob:
     target_recall: float = TARGET_RECALL
     max_bytes_per_vector: float = 0  # 0: no limit
     max_shard_bytes: int = 4 << 30
-    piece_bytes: int = 256 << 20  # of vectors as the table stores them: a worker's memory
+    piece_bytes: int = 64 << 20  # of vectors as the table stores them: a worker's memory
     tune_seconds: float = 120
     exact_rows: int = EXACT_ROWS  # up to so many vectors the index is exact, without a choice
     factory: str = ""  # a type instead of the choice; the number of cells (IVF1) is filled in

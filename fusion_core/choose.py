@@ -231,7 +231,7 @@ class Trial:
         parameters = tune(kind, lambda p: self._recalls(shard, p), lambda p: self._microseconds(shard, p), target)
         taken, growth = self._microseconds(shard, parameters), self.rows / len(self.sample)
         return Candidate(
-            factory,
+            kind.with_lists(self.full_lists).text,
             parameters,
             {asked.name: round(r, 4) for asked, r in zip(self.queries, self._recalls(shard, parameters), strict=True)},
             round(kind.with_lists(self.full_lists).bytes_per_vector(self.sample.shape[1], self.rows), 1),

@@ -126,6 +126,7 @@ def _describe_candidates(index: IndexRecord) -> list[dict[str, Any]]:
             "microseconds": item.microseconds,
             "expected": item.expected_microseconds,
             "chosen": item.chosen,
+            "low": low,
             "x": 8 + 84 * float(x - times.min()) / span,
             "y": 92 - 84 * (recall - low) / (1.0 - low),
             "radius": 1 + 3 * float(size / sizes.max()),

@@ -15,9 +15,9 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import build, vectors
+from fusion_core import build, files, vectors
 from fusion_core.build import IndexJob, Piece
-from fusion_core.index import BadIndex
+from fusion_core.index import BadIndex, Index
 from fusion_core.table import Table
 from pipelines.runner import Knobs, local_runner
 from schemas.feature_table import TableSpec
@@ -70,7 +70,10 @@ def run(
     failed = [_FAILURES.pop(piece.name) for piece in planned.work if piece.name in _FAILURES]
     if failed:
         raise BadIndex(f"{len(failed)} of {len(planned.work)} pieces failed; the first: {failed[0]}")
-    return build.finish(job, planned, clock)
+    record = build.finish(job, planned, clock)
+    if files.is_local(job.place):  # what was written can be opened, and is of this table
+        Index.open(job.place, verify=False).check_table(table)
+    return record
 
 
 def _add(job: IndexJob, planned: build.Plan, knobs: Knobs, beam_options: Sequence[str]) -> None:

@@ -24,7 +24,13 @@ from fusion_core.choose import microseconds
 from infra.bench import measure
 from infra.bench.vectors import World, write_table
 
-PACKAGES = ("autofaiss==2.17.0", "faiss-cpu==1.8.0", "numpy<2")  # it cannot use newer FAISS
+PACKAGES = (
+    "autofaiss==2.17.0",
+    "faiss-cpu==1.8.0",
+    "numpy<2",
+    "packaging",
+    "setuptools<70",
+)  # it cannot use newer FAISS
 QUERIES = 1000
 COLUMNS = (
     "index", "rows", "bytes/vector", "text recall", "image recall", "µs text query", "said text", "build s", "peak MiB",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_core import build, choose, files, index, vectors
+from fusion_core import build, choose, files, index, report, vectors
 from fusion_core import table as tables
 from fusion_core.index import BadIndex, Index, Rows
 from fusion_core.table import Table
@@ -240,6 +240,11 @@ def test_the_choice_is_measured_recorded_and_kept(world: Any, tmp_path: Path) ->
     assert all(set(item.recalls) == {"text", "image"} and item.microseconds > 0 for item in candidates)
     assert len(candidates) == len(choose.factories(DIM, 0))
     assert min(found.recall for found in record.recalls) >= 0.9
+
+    report.write(table, str(tmp_path), "Index", index=record)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.count("<circle") == page.count('fill="var(--bar)"') + 1 == len(candidates)
+    assert all(f"{item.factory}</" in page for item in candidates)
 
 
 def test_a_limit_of_bytes_is_kept_by_the_index_itself(world: Any, tmp_path: Path) -> None:
