@@ -26,7 +26,7 @@ RECORD = "index.json"
 SCORE_TOLERANCE = 1e-5  # two float32 sums of one inner product differ by less; identical vectors are equally right
 OWN_FILE = re.compile(r"(vectors|refine|rows|truth|trained|queries|meta)-[0-9a-f]{8}\.(faiss|npy|npz|arrow)")
 
-_BLOCK_ROWS = 16_384
+_BLOCK_ROWS = 8192
 
 
 class BadIndex(ValueError):
