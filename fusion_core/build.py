@@ -37,6 +37,7 @@ EXACT_ROWS = 20_000  # up to this many vectors, exact search answers in some mil
 TARGET_RECALL = 0.95
 NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 
+_BLOCK_ROWS = 16_384
 _META_BATCH_ROWS = 65_536
 _TRAIN_BYTES = 4 << 30
 _STALE_SECONDS = 24 * 3600
@@ -241,9 +242,11 @@ def _train(job: IndexJob, table: Table, clock: Clock) -> Training:
         candidates = choose.choose(trial, job.target_recall, job.max_bytes_per_vector, job.tune_seconds, clock.log)
         factory = next(item.factory for item in candidates if item.chosen)
         del trial
-    kind = Kind.parse(factory).with_lists(lists)
-    trained = vectors.train(kind, sample.astype(np.float32).reshape(-1, dim), job.seed)
-    return replace(_publish_training(job, table, trained, queries), candidates=candidates, rows_sampled=len(sample))
+    kind, n_sampled = Kind.parse(factory).with_lists(lists), len(sample)
+    in_full = sample.astype(np.float32)
+    del sample
+    trained = vectors.train(kind, in_full, job.seed)
+    return replace(_publish_training(job, table, trained, queries), candidates=candidates, rows_sampled=n_sampled)
 
 
 def _n_lists(rows: int, dim: int) -> int:
@@ -342,12 +345,14 @@ def _finished(job: IndexJob, name: str) -> IndexShard | None:
 
 
 def _check_lengths(block: npt.NDArray[Any], name: Callable[[int], str], column: str) -> None:
-    lengths = np.linalg.norm(block.astype(np.float32), axis=1)
-    bad = np.flatnonzero(~(np.abs(lengths - 1) <= NORM_TOLERANCE))  # so written, NaN is bad too
-    if len(bad):
-        raise ValueError(
-            f"{name(int(bad[0]))} has a {column} of length {lengths[bad[0]]}; expected 1: embed that shard again"
-        )
+    for start in range(0, len(block), _BLOCK_ROWS):
+        lengths = np.linalg.norm(block[start : start + _BLOCK_ROWS].astype(np.float32), axis=1)
+        bad = np.flatnonzero(~(np.abs(lengths - 1) <= NORM_TOLERANCE))  # so written, NaN is bad too
+        if len(bad):
+            raise ValueError(
+                f"{name(start + int(bad[0]))} has a {column} of length {lengths[bad[0]]}; expected 1: embed that shard "
+                "again"
+            )
 
 
 def _named_row(table: Table, row: int) -> str:

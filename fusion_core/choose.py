@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from fusion_core import table as tables
 from fusion_core import vectors
@@ -21,7 +22,7 @@ from schemas.index import Candidate
 RECALL_K = 10
 QUERIES = 1_000  # of each kind, to tune and measure the index with
 SAMPLE_ROWS = 100_000
-_SAMPLE_BYTES = 256 << 20  # in float32: memory stays bounded whatever the dimension
+_SAMPLE_BYTES = 128 << 20  # in float32: memory stays bounded whatever the dimension
 _CHOICE_QUERIES = 250  # of each kind, enough to tell candidates apart
 _TIMED_QUERIES = 200
 _SAMPLED_GROUPS = 256  # row groups of a large table that a sample is drawn from: some gigabytes are read, not all
@@ -56,19 +57,32 @@ def draw(
 
     Of a large table the rows come from a random choice of row groups, so that not all of it is read.
     """
-    flag = {"image_embedding": "has_image", "text_embedding": "has_text"}.get(column)
     excluded = np.empty(0, np.int64) if without is None else without
     tried = wanted + len(excluded)
     while True:
         ids = np.setdiff1d(_positions(table, tried, rng), excluded)
-        rows = table.take(ids.tolist(), [column, *([flag] if flag else [])])
-        matrix = tables.to_numpy(rows[column].combine_chunks()) if len(ids) else np.empty((0, 1), np.float16)
-        present = rows[flag].to_numpy() if flag else matrix.any(axis=1)
+        matrix, present = _take(table, column, ids)
         places = np.flatnonzero(present)
         if len(places) >= wanted or tried >= table.num_rows:
             chosen = np.sort(rng.choice(places, min(wanted, len(places)), replace=False)) if len(places) else places
             return ids[chosen], matrix[chosen]
         tried *= 4
+
+
+def _take(table: Table, column: str, ids: Ids) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
+    """The vectors [n, D] of these ids, and whether they are present; read part by part into one matrix."""
+    flag = {"image_embedding": "has_image", "text_embedding": "has_text"}.get(column)
+    matrix = np.empty((len(ids), table.schema.field(column).type.list_size), np.float16)
+    present = np.ones(len(ids), bool)
+    ends = np.cumsum([part.rows for part in table.parts])
+    part = np.searchsorted(ends, ids, "right")
+    for start in np.flatnonzero(np.diff(part, prepend=-1)):
+        here = slice(start, int(np.searchsorted(part, part[start], "right")))
+        rows = table.take(ids[here].tolist(), [column, *([flag] if flag else [])]).combine_chunks()
+        matrix[here] = tables.to_numpy(rows[column].chunk(0))
+        present[here] = rows[flag].to_numpy() if flag else matrix[here].any(axis=1)
+    pa.default_memory_pool().release_unused()  # of whole row groups, more than what was taken
+    return matrix, present
 
 
 def _positions(table: Table, wanted: int, rng: np.random.Generator) -> Ids:

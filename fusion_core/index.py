@@ -28,7 +28,7 @@ RECORD = "index.json"
 SCORE_TOLERANCE = 1e-5  # two float32 sums of one inner product differ by less; identical vectors are equally right
 OWN_FILE = re.compile(r"(vectors|refine|rows|truth|trained|queries|meta)-[0-9a-f]{8}\.(faiss|npy|npz|arrow)")
 
-_BLOCK_ROWS = 16_384
+_BLOCK_ROWS = 8192
 _EXACT_AMONG = 8_192  # a search among no more than these rows is exact
 _SCAN_SHARE = 128  # one vector read by its id costs as much as passing over these many
 
