@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_core.tokens import Tokenizer
 from schemas import records
 from schemas.feature_table import Precision, Preprocess, TowerSpec
 
@@ -63,7 +64,7 @@ class Towers:
         self.batch = _rows_in_a_forward(model, device)
         self._torch: Any = torch
         self._model = model
-        self._tokenizer = tokenizer
+        self._tokenizer = Tokenizer(tokenizer)
         self._shortened: dict[int, Any] = {}  # by context length
         self._tokenizing = threading.Lock()  # Hugging Face's tokenizers do not like two callers
         self._copies = None if device == "cpu" else self._torch.cuda.Stream(device)
@@ -88,7 +89,7 @@ class Towers:
     def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
         with self._tokenizing:
-            tokens = self._tokenizer(texts).numpy()
+            tokens = self._tokenizer(texts)
         lengths = self._context_lengths(tokens)
         vectors = np.empty((len(texts), self.spec.embedding_dim), np.float32)
         for length in np.unique(lengths):
@@ -160,7 +161,7 @@ class Towers:
             return False
         if not bool((mask.triu(1) == float("-inf")).logical_or(mask.tril() == mask).all()):
             return False
-        tokens = self._tokenizer(list(_PROBE)).numpy()
+        tokens = self._tokenizer(list(_PROBE))
         if tokens.shape[1] != self._model.context_length:
             return False
         whole = self._embed_tokens(tokens, 1)
