@@ -1,14 +1,15 @@
 """One unit of work, from shard to manifest record: read, decode, embed, fuse, write.
 
-Bytes and pixels never leave this module's loop; memory is bounded by a window of samples, not by the shard. Units side
-by side, each in one thread, are how a CPU is kept busy; in front of a GPU, threads decode ahead of the forward.
+Bytes and pixels never leave this module's loop; memory is bounded by a window of samples and what is read ahead of it,
+not by the shard. Units side by side, each computing in one thread, are how a CPU is kept busy; in front of a GPU,
+threads decode ahead of the forward.
 """
 
 import hashlib
 import importlib.metadata
 import platform
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ ResultT = TypeVar("ResultT")
 
 _WINDOW_ROWS = 1024  # captions are sorted by length within a window
 _WINDOW_BYTES = 64 << 20  # of encoded images
+_PIECE_ROWS, _PIECE_BYTES, _PIECES_AHEAD = 32, 8 << 20, 8  # read while what came before is worked on
 _KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
 _DECODE_THREADS = 8  # ahead of a GPU
 
@@ -65,7 +67,10 @@ def run_unit(
     check_identity(work.unit)
     known = earlier_vectors(output, spec, work.previous)
     with table.UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
-        for window in windows(clock.each("read", readers.read(work.unit, spec.input))):
+        stream = readers.read(work.unit, spec.input)
+        if towers.device != "cpu" or not files.is_local(work.unit.shard):
+            stream = ahead(stream)  # beside a local disk, the thread costs a CPU more than it saves
+        for window in windows(clock.each("read", stream)):
             rows, letters = embed_images(window, spec, towers, known, batch, clock, done)
             embed_texts(rows, towers, known, batch, clock)
             with clock("fuse"):
@@ -90,18 +95,35 @@ def check_identity(unit: Unit) -> None:
         raise InputChanged(f"{unit.shard} changed while the job ran ({unit.identity} -> {now}): run the command again")
 
 
+def ahead(stream: Iterable[Sample | DeadLetter]) -> Iterator[Sample | DeadLetter]:
+    """The items in order, read by a thread while earlier ones are worked on, so that nobody waits for storage: at most
+    256 of them, or about what holds 64 MiB of encoded images.
+    """
+    pieces = cut(stream, _PIECE_ROWS, _PIECE_BYTES)
+    with ThreadPoolExecutor(1, "fusion-read") as pool:
+        coming = deque(pool.submit(next, pieces, None) for _ in range(_PIECES_AHEAD))
+        while piece := coming.popleft().result():
+            coming.append(pool.submit(next, pieces, None))
+            yield from piece
+
+
 def windows(stream: Iterable[Sample | DeadLetter]) -> Iterator[list[Sample | DeadLetter]]:
     """Consecutive items: at most 1024, or what holds 64 MiB of encoded images."""
-    window: list[Sample | DeadLetter] = []
-    size_bytes = 0
+    return cut(stream, _WINDOW_ROWS, _WINDOW_BYTES)
+
+
+def cut(stream: Iterable[Sample | DeadLetter], rows: int, size_bytes: int) -> Iterator[list[Sample | DeadLetter]]:
+    """The stream in parts of at most `rows` items, or what holds `size_bytes` of encoded images."""
+    part: list[Sample | DeadLetter] = []
+    held_bytes = 0
     for item in stream:
-        window.append(item)
-        size_bytes += len(item.image or b"") if isinstance(item, Sample) else 0
-        if len(window) >= _WINDOW_ROWS or size_bytes >= _WINDOW_BYTES:
-            yield window
-            window, size_bytes = [], 0
-    if window:
-        yield window
+        part.append(item)
+        held_bytes += len(item.image or b"") if isinstance(item, Sample) else 0
+        if len(part) >= rows or held_bytes >= size_bytes:
+            yield part
+            part, held_bytes = [], 0
+    if part:
+        yield part
 
 
 # --- what is known already ------------------------------------------------------------------------------------------
@@ -177,7 +199,7 @@ def embed_images(
     Every forward has `batch` rows, so that neither a broken neighbour nor a later retry changes a bit of a vector.
     """
     rows, letters, waiting, told = list[Row](), list[DeadLetter](), list[Row](), 0
-    for item in clock.each("decode", decode(window, spec, known, ahead=towers.device != "cpu")):
+    for item in clock.each("decode", decode(window, spec, known, threaded=towers.device != "cpu")):
         if isinstance(item, DeadLetter):
             letters.append(item)
             continue
@@ -195,14 +217,14 @@ def embed_images(
 
 
 def decode(
-    window: Sequence[Sample | DeadLetter], spec: TableSpec, known: Known, ahead: bool
+    window: Sequence[Sample | DeadLetter], spec: TableSpec, known: Known, threaded: bool
 ) -> Iterator[Row | DeadLetter]:
     """The window's items in order, decoded; in threads ahead of the caller where the forward leaves the CPU idle."""
 
     def decode_one(item: Sample | DeadLetter) -> Row | DeadLetter:
         return item if isinstance(item, DeadLetter) else _decode_one(item, spec, known)
 
-    return in_threads(decode_one, window) if ahead else map(decode_one, window)
+    return in_threads(decode_one, window) if threaded else map(decode_one, window)
 
 
 def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLetter:

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,43 @@ def test_windows_cut_the_stream_without_changing_it(
     for window in found:
         assert 1 <= len(window) <= rows
         assert sum(len(item.image or b"") for item in window[:-1] if isinstance(item, Sample)) < size_bytes
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(items, max_size=60), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
+def test_what_is_read_ahead_comes_in_order(
+    stream: list[Sample | DeadLetter], rows: int, size_bytes: int, pieces: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "_PIECE_ROWS", rows)
+        patch.setattr(unit, "_PIECE_BYTES", size_bytes)
+        patch.setattr(unit, "_PIECES_AHEAD", pieces)
+        assert list(unit.ahead(stream)) == stream
+
+
+def test_reading_ahead_keeps_its_bounds_and_passes_errors_on() -> None:
+    read = []
+
+    def endless() -> Iterator[Sample]:
+        for row in range(100_000):
+            if row == 2000:
+                raise OSError("the disk is gone")
+            read.append(row)
+            yield Sample(str(row), row, b"x", None)
+
+    stream = unit.ahead(endless())
+    for row in range(1000):
+        assert next(stream).row == row
+        assert len(read) <= row + 1 + 9 * 32  # the piece at work and eight ahead
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(stream)
+    assert len(read) == 2000
+    large = unit.ahead(Sample(str(row), row, bytes(1 << 20), None) for row in range(400) if not read.append(row))
+    read.clear()
+    next(large)
+    time.sleep(0.2)
+    large.close()
+    assert len(read) <= 9 * 8 + 1  # of 1 MiB: 8 MiB a piece
 
 
 def test_equal_images_and_captions_are_embedded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
