@@ -81,11 +81,20 @@ def _floor(least: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... of the range, thinned out where there are many."""
+    """Some round numbers of the range: of equal steps where it is short, else 1, 2, 5, 10, ..., or fewer of these."""
+    if high < 6 * low:
+        least = (high - low) / 5
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
+        return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    inside = [tick for tick in found if low <= tick * 1.0001 and tick <= high * 1.0001]
-    return inside if len(inside) <= 8 else [tick for tick in inside if f"{tick:e}".startswith("1")]
+    found: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in powers for digit in digits]
+        found = [tick for tick in ticks if low <= tick * 1.0001 and tick <= high * 1.0001]
+        if len(found) <= 8:
+            break
+    return found
 
 
 def _recall_chart(evaluation: IndexEvaluation) -> dict[str, Any] | None:

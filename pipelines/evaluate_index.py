@@ -50,7 +50,7 @@ def _print(found: IndexEvaluation) -> None:
     for latency in found.latencies:
         print(
             f"  {latency.concurrent} at once: p50 {latency.p50_ms:.3f} ms, p99 {latency.p99_ms:.3f} ms, "
-            f"{latency.queries_per_second:,.0f} queries/s"
+            f"mean {latency.mean_ms:.3f} ms, {latency.queries_per_second:,.0f} queries/s"
         )
     print(
         f"  bytes for a vector: {found.bytes_vectors / found.rows_indexed:,.0f}; of all files "

@@ -52,6 +52,7 @@ class Latency:
     n_queries: int
     p50_ms: float
     p99_ms: float
+    mean_ms: float  # of many at once, most are answered in their thread's turn and some wait for many turns
     queries_per_second: float
     edges_ms: tuple[float, ...]  # of a histogram, equal steps of the logarithm,
     counts: tuple[int, ...]  # one fewer
