@@ -86,6 +86,7 @@ class Clock:
 
     log: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
+    name: str = "index"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Clock:
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"index: {name} took {self.seconds[name]:.1f} s")
+        self.log(f"{self.name}: {name} took {self.seconds[name]:.1f} s")
 
 
 @dataclass(frozen=True)

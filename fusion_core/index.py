@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,16 @@ def recall(scores: Floats, ids: Ids, exact_scores: Floats, exact_ids: Ids, k: in
 
     An answer is right when it scores as high as the k-th true one, so that any of several identical vectors counts.
     """
+    right, wanted = right_answers(scores, ids, exact_scores, exact_ids, k)
+    return float(right.sum() / wanted.sum()) if wanted.any() else float("nan")
+
+
+def right_answers(scores: Floats, ids: Ids, exact_scores: Floats, exact_ids: Ids, k: int) -> tuple[Ids, Ids]:
+    """What `recall` counts, query by query: how many of the answers [q] are right, and how many [q] could be."""
     wanted = (exact_ids[:, :k] >= 0).sum(axis=1)
-    found = wanted > 0
-    last = exact_scores[found, wanted[found] - 1]
-    right = (scores[found, :k] >= last[:, None] - SCORE_TOLERANCE) & (ids[found, :k] >= 0)
-    return float(right.sum() / wanted.sum()) if found.any() else float("nan")
+    last = exact_scores[np.arange(len(wanted)), np.maximum(wanted, 1) - 1]
+    right = (scores[:, :k] >= last[:, None] - SCORE_TOLERANCE) & (ids[:, :k] >= 0) & (wanted > 0)[:, None]
+    return right.sum(axis=1), wanted
 
 
 class Rows:
@@ -235,6 +241,11 @@ class Index:
                 full = min(full, len(among))
                 scores[:, :full], ids[:, :full] = self._search_among(vectors, full, parameters, among)
         return scores, ids
+
+    def retuned(self, **parameters: int) -> "Index":
+        """The same index, searched with these parameters instead of its own."""
+        record = replace(self.record, parameters={**self.record.parameters, **parameters})
+        return Index(self.place, record, self._shards, self._batches)
 
     def _search_among(self, queries: Floats, k: int, parameters: Parameters, among: Ids) -> tuple[Floats, Ids]:
         """The best `k` of the ids `among` (ascending, at least `k`, all indexed).

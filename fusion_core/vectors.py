@@ -31,6 +31,8 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Parameters = dict[str, int]  # nprobe: cells visited; k_factor: answers refined for each that is asked for
 
+FAISS_VERSION: str = faiss.__version__
+
 GRAPH_LISTS = 4096  # below this a flat search among the cells' centres is faster than a graph
 TRAIN_PER_LIST = 39  # below this FAISS itself warns that cells are guesses
 LEGACY_FLAT = "IDMap2,Flat"  # written before 1.1, as was IVF…,SQfp16 with ids of its own
@@ -298,14 +300,23 @@ def on_device(index: Any) -> Any:
     return faiss.index_cpu_to_all_gpus(index, options)
 
 
-def exact(queries: Floats, vectors: Floats, k: int) -> tuple[Floats, Ids]:
-    """Scores and positions [q, min(k, n)] of the best of `vectors` [n, D] for each query."""
+def exact(queries: Floats, vectors: Floats, k: int, gpu: bool = True) -> tuple[Floats, Ids]:
+    """Scores and positions [q, min(k, n)] of the best of `vectors` [n, D] for each query; on a GPU if there is one."""
     k = min(k, len(vectors))
-    if faiss.get_num_gpus():
+    if gpu and faiss.get_num_gpus():
         scores, ids = faiss.knn_gpu(faiss.StandardGpuResources(), queries, vectors, k, metric=_METRIC)
     else:
         scores, ids = faiss.knn(queries, vectors, k, metric=_METRIC)
     return scores, ids
+
+
+def may_use_gpu(device: str) -> bool:
+    """Whether exact search may run on a GPU, for auto, cpu or cuda; raises ValueError for what cannot be had."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not auto, cpu or cuda: FAISS uses the first GPU that is visible")
+    if device == "cuda" and not faiss.get_num_gpus():
+        raise ValueError("device 'cuda': FAISS sees no GPU here; use --device cpu or auto")
+    return device != "cpu"
 
 
 def best(scores: Floats, ids: Ids, k: int) -> tuple[Floats, Ids]:

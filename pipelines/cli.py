@@ -327,6 +327,20 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _eval(args: argparse.Namespace, _: list[str]) -> int:
+    from fusion_core import files
+
+    place = files.absolute(args.place)
+    if files.stat(files.join(place, "index.json")):
+        from pipelines import evaluate_index
+
+        return evaluate_index.run(args, place)
+    print(
+        f"fusion eval: {place} is not an index: it has no index.json (build one with `fusion index`)", file=sys.stderr
+    )
+    return USAGE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -341,6 +355,7 @@ _COMMANDS = {
     "verify": _verify,
     "index": _index,
     "search": _search,
+    "eval": _eval,
     "dedup": _dedup,
     "serve": _serve,
 }

@@ -25,6 +25,9 @@ def build() -> argparse.ArgumentParser:
     _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
+    _eval(
+        _command(commands, "eval", "measure an index on its table: recall, retrieval, latency, size; a page of plots")
+    )
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     return parser
@@ -182,6 +185,23 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", metavar="INDEX", help="the folder or URI of an index")
+    parser.add_argument(
+        "--output", default="", metavar="DIR",
+        help="where eval.json and eval.html are written (default: the index's folder)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=natural, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="of exact search: auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    index = parser.add_argument_group("an INDEX")
+    index.add_argument("--table", default="", help="where its table lies now, if it was moved")
+    index.add_argument(
+        "--queries", type=positive, default=1000, metavar="N",
+        help="rows of the table that are asked, of each kind (default: %(default)s)",
+    )  # fmt: skip
+
+
 def _dedup(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Finds a table's duplicates and writes, beside its rows, which cluster each is in and whether it is kept. Rows "
@@ -258,6 +278,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return number
 
 
