@@ -76,6 +76,11 @@ class Towers:
         self._pool_early()
         self._cuts_context = self._can_cut_context()
 
+    @property
+    def logit_scale(self) -> float:
+        """What the model was trained to multiply cosines with before a softmax."""
+        return float(self._model.logit_scale.detach().float().exp())
+
     def embed_images(self, pixels: np.ndarray, pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
         torch = self._torch
