@@ -97,7 +97,8 @@ class Columns(Generic[RecordT]):
             return None
         with files.open_input(where) as stream, contextlib.suppress(pa.ArrowInvalid):
             found = pq.ParquetFile(stream)
-            if found.schema_arrow.equals(schema, True) and found.metadata.num_rows == rows:
+            written = (found.schema_arrow.metadata or {}).get(_FINGERPRINT)
+            if written == schema.metadata[_FINGERPRINT] and found.metadata.num_rows == rows:
                 return Part(path, rows, entry.size_bytes, files.sha256(where))
         return None
 

@@ -5,6 +5,7 @@ its interval excludes zero. Rows of equal pictures are one: they are one item of
 a split.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,8 @@ def evaluate(
     `classes` and `towers` (called at most once) are needed for zero-shot classification. Memory is that of the sampled
     rows' vectors, and of kernels of 2,000 x 2,000. Raises BadEvaluation, BadLabels, TowerError.
     """
+    if spec.folds < 2:
+        raise BadEvaluation(f"a cross-validation needs at least 2 folds, not {spec.folds}")
     clock = _Clock(log)
     with clock.stage("read"):
         rows = _draw(table, spec)
@@ -175,7 +178,7 @@ def _numbers(column: pa.ChunkedArray) -> Ids:
     """A number for each value of a column; a null is equal to no other row."""
     codes = column.combine_chunks().dictionary_encode().indices
     missing = codes.is_null().to_numpy(zero_copy_only=False)
-    numbers = codes.fill_null(0).to_numpy().astype(np.int64)
+    numbers: Ids = codes.fill_null(0).to_numpy().astype(np.int64)
     numbers[missing] = len(numbers) + np.arange(missing.sum())
     return numbers
 
@@ -283,7 +286,7 @@ def _told_apart(x: Floats, y: Floats, groups: Ids, seed: int) -> tuple[float, fl
     probabilities = model.predict_proba(data[test])[:, 1]
     loss = metrics.nll(np.log(np.stack([1 - probabilities, probabilities], 1).clip(1e-12)), real[test])
     accuracy = float(((probabilities > 0.5) == real[test]).mean())
-    return accuracy, max(0.0, (np.log(2) - loss) / np.log(2))
+    return accuracy, max(0.0, 1 - loss / math.log(2))
 
 
 def _axes(x: Floats, y: Floats) -> tuple[Doubles, Doubles]:
@@ -341,28 +344,19 @@ def _zero_shot(rows: _Rows, classes: Classes, towers: Towers, seed: int, notes: 
 
 
 def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, seed: int) -> Classification:
-    matrix = metrics.confusion(truth, found, len(names))
-    values = metrics.summary(matrix)
-    drawn = np.array(
-        [
-            metrics.summary(metrics.confusion(truth, found, len(names), weights))
-            for weights in metrics.resampled(groups, seed)
-        ]
-    )
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    counted = metrics.tallies(truth, found, len(names), groups)
+    values = metrics.summary(counted.sum(axis=0)).tolist()
+    low, high = np.percentile(metrics.bootstrap_summaries(counted, seed), [2.5, 97.5], axis=0)
     figures = {
         name: Figure(value, float(low[i]), float(high[i]), len(truth))
         for i, (name, value) in enumerate(zip(_NAMES, values, strict=True))
     }
-    share = values[0]
-    if share in (0.0, 1.0):  # a bootstrap of equal values has no width
-        figures["accuracy"] = Figure(share, *metrics.wilson(share, len(truth)), len(truth))
-    precision, recall, f1 = metrics.class_scores(matrix)
-    each = (
-        ClassScores(name, int(matrix[i].sum()), float(precision[i]), float(recall[i]), float(f1[i]))
-        for i, name in enumerate(names)
-    )
-    counts = tuple(tuple(int(count) for count in row) for row in matrix)
+    if values[0] in (0.0, 1.0):  # a bootstrap of equal values has no width
+        figures["accuracy"] = Figure(values[0], *metrics.wilson(values[0], len(truth)), len(truth))
+    rows = np.bincount(truth, minlength=len(names)).tolist()
+    scores = np.stack(metrics.class_scores(counted.sum(axis=0)), axis=1).tolist()
+    each = (ClassScores(name, n, *of) for name, n, of in zip(names, rows, scores, strict=True))
+    counts = tuple(map(tuple, metrics.confusion(truth, found, len(names)).tolist()))
     return Classification(figures, tuple(each), counts)
 
 
@@ -400,7 +394,7 @@ def _classifiers(seed: int) -> dict[str, Callable[[], Any]]:
             StandardScaler(), LinearSVC(class_weight="balanced", random_state=seed, dual=False, C=0.01)
         ),
         "random forest": lambda: RandomForestClassifier(
-            200, min_samples_leaf=2, class_weight="balanced", random_state=seed, n_jobs=-1
+            100, min_samples_leaf=2, class_weight="balanced", random_state=seed, n_jobs=-1
         ),
     }
 
@@ -520,18 +514,13 @@ def _differences(
         joint = [name for of, name in found if of == kind and name not in _SINGLE]
         if not joint or len(single) < 2:
             continue
-        drawn = {name: [] for name in (*single, *joint)}  # type: dict[str, list[tuple[float, float, float]]]
-        values = {
-            name: metrics.summary(metrics.confusion(truth, found[kind, name], classes)) for name in (*single, *joint)
-        }
-        for weights in metrics.resampled(groups, seed):
-            for name, of in drawn.items():
-                of.append(metrics.summary(metrics.confusion(truth, found[kind, name], classes, weights)))
-        samples = {name: np.array(of) for name, of in drawn.items()}
+        counted = {name: metrics.tallies(truth, found[kind, name], classes, groups) for name in (*single, *joint)}
+        values = {name: metrics.summary(of.sum(axis=0)) for name, of in counted.items()}
+        drawn = {name: metrics.bootstrap_summaries(of, seed) for name, of in counted.items()}
         for name in joint:
             for place in (0, 1):
                 best = max(single, key=lambda one, place=place: values[one][place])  # type: ignore[misc]
-                low, high = np.percentile(samples[name][:, place] - samples[best][:, place], [2.5, 97.5])
-                value = values[name][place] - values[best][place]
+                low, high = np.percentile(drawn[name][:, place] - drawn[best][:, place], [2.5, 97.5])
+                value = float(values[name][place] - values[best][place])
                 claimed = bool(low > 0 or high < 0)
                 yield Difference(kind, name, best, _NAMES[place], value, float(low), float(high), claimed)

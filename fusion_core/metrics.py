@@ -1,6 +1,6 @@
 """The figures of an evaluation as functions of arrays. Ties and NaN count against what is measured."""
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ Ids = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
 _BLOCK = 256  # queries compared with the gallery at once
+_DRAWS = 100  # of a bootstrap at once
 
 
 # --- retrieval ------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def per_query(found: Ids, starts: Ids, ks: tuple[int, ...] = (1, 5, 10)) -> dict
     best = found[starts[:-1]]
 
     def summed(values: Doubles) -> Doubles:
-        return np.bincount(owner, values, len(total))
+        return np.asarray(np.bincount(owner, values, len(total)), np.float64)
 
     ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(10) + 2))])[np.minimum(total, 10)]
     values: dict[str, Doubles] = {f"hit@{k}": (best <= k).astype(np.float64) for k in ks}
@@ -65,15 +66,6 @@ def per_query(found: Ids, starts: Ids, ks: tuple[int, ...] = (1, 5, 10)) -> dict
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
-
-
-def resampled(groups: Ids, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[Doubles]:
-    """How often each row is drawn, float64 [n], when whole groups are drawn with replacement, `resamples` times."""
-    _, group = np.unique(groups, return_inverse=True)
-    n = int(group.max(initial=-1)) + 1
-    rng = np.random.default_rng(seed)
-    for _ in range(resamples):
-        yield np.bincount(rng.integers(0, n, n), minlength=n)[group].astype(np.float64)
 
 
 def bootstrap_means(values: Doubles, seed: int = 0, resamples: int = RESAMPLES) -> tuple[Doubles, Doubles]:
@@ -105,7 +97,7 @@ def smallest_difference(n: int, disagree: float = 0.1) -> float:
 # --- classification -------------------------------------------------------------------------------------------------
 
 
-def predicted(scores: Floats, truth: Ids) -> Ids:
+def predicted(scores: Floats | Doubles, truth: Ids) -> Ids:
     """The class of the best score [n, C] of each row; among equals, or where the truth's is NaN, one that is wrong."""
     rows = np.arange(len(truth))
     true = scores[rows, truth]
@@ -116,7 +108,7 @@ def predicted(scores: Floats, truth: Ids) -> Ids:
     return np.where(wins, truth, best) if scores.shape[1] > 1 else np.zeros(len(truth), np.int64)
 
 
-def rank_of_truth(scores: Floats, truth: Ids) -> Ids:
+def rank_of_truth(scores: Floats | Doubles, truth: Ids) -> Ids:
     """The rank, from 1, of the true class among the scores [n, C]."""
     rows = np.arange(len(truth))
     others = np.where(np.isnan(scores), np.inf, scores)
@@ -125,26 +117,56 @@ def rank_of_truth(scores: Floats, truth: Ids) -> Ids:
     return np.asarray(1 + (others >= true[:, None]).sum(axis=1), np.int64)
 
 
-def confusion(truth: Ids, found: Ids, classes: int, weights: Doubles | None = None) -> Doubles:
+def confusion(truth: Ids, found: Ids, classes: int) -> Ids:
     """How often a row of each true class was predicted to be of each class, [true, predicted]."""
-    return np.bincount(truth * classes + found, weights, classes * classes).astype(np.float64).reshape(classes, classes)
+    return np.bincount(truth * classes + found, minlength=classes * classes).reshape(classes, classes)
 
 
-def class_scores(matrix: Doubles) -> tuple[Doubles, Doubles, Doubles]:
-    """Precision, recall and F1 of each class, [C], of a confusion matrix; 0 where undefined."""
-    right, real, said = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+def tallies(truth: Ids, found: Ids, classes: int, groups: Ids) -> Doubles:
+    """Of each group of rows and class: rows that are right, that are of it, that are said to be of it; [G, 3, C]."""
+    names, group = np.unique(groups, return_inverse=True)
+
+    def counts(rows: Any, of: Ids) -> Doubles:
+        places = group[rows] * classes + of[rows]
+        return np.bincount(places, minlength=len(names) * classes).astype(np.float64).reshape(-1, classes)
+
+    every = slice(None)
+    return np.stack([counts(truth == found, truth), counts(every, truth), counts(every, found)], axis=1)
+
+
+def class_scores(counted: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+    """Precision, recall and F1 of each class, [..., C], of summed tallies [..., 3, C]; 0 where undefined."""
+    right, real, said = (counted[..., place, :] for place in range(3))
 
     def over(below: Doubles) -> Doubles:
-        return np.divide(right, below, out=np.zeros(len(right)), where=below > 0)
+        return np.divide(right, below, out=np.zeros_like(right), where=below > 0)
 
     return over(said), over(real), 2 * over(real + said)
 
 
-def summary(matrix: Doubles) -> tuple[float, float, float]:
-    """Accuracy, macro-F1 and macro-recall (balanced accuracy), over the classes that occur, of a confusion matrix."""
-    _, recall, f1 = class_scores(matrix)
-    there = matrix.sum(axis=1) > 0
-    return float(np.diag(matrix).sum() / matrix.sum()), float(f1[there].mean()), float(recall[there].mean())
+def summary(counted: Doubles) -> Doubles:
+    """Accuracy, macro-F1 and macro-recall (balanced accuracy), [..., 3], over the classes that occur."""
+    _, recall, f1 = class_scores(counted)
+    right, real = counted[..., 0, :], counted[..., 1, :]
+    there = np.maximum((real > 0).sum(axis=-1), 1)
+    macro = ((of * (real > 0)).sum(axis=-1) / there for of in (f1, recall))
+    return np.stack([right.sum(axis=-1) / np.maximum(real.sum(axis=-1), 1), *macro], axis=-1)
+
+
+def bootstrap_summaries(counted: Doubles, seed: int = 0, resamples: int = RESAMPLES) -> Doubles:
+    """The summaries [resamples, 3] of tallies [G, 3, C] whose groups are drawn with replacement.
+
+    One seed draws the same groups: what was measured on the same rows can be compared draw by draw.
+    """
+    n = len(counted)
+    flat = counted.reshape(n, -1)
+    rng = np.random.default_rng(seed)
+    found = []
+    for first in range(0, resamples, _DRAWS):
+        draws = min(_DRAWS, resamples - first)
+        weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)])
+        found.append(summary((weights.astype(np.float64) @ flat).reshape(draws, *counted.shape[1:])))
+    return np.concatenate(found)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -234,4 +256,5 @@ def _mmd2(kernel: Doubles, first: npt.NDArray[np.bool_]) -> float:
 
 def _squares(x: Floats | Doubles, y: Floats | Doubles) -> Doubles:
     x, y = x.astype(np.float64), y.astype(np.float64)
-    return np.maximum((x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * x @ y.T, 0)
+    squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * x @ y.T
+    return np.asarray(np.maximum(squares, 0), np.float64)

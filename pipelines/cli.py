@@ -334,6 +334,21 @@ def _label(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _caption(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import captions, table, towers
+
+    feature_table = table.Table.open(args.table)
+    writer = towers.load(args.model, args.pretrained, args.device, args.precision)
+    with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
+        record = captions.write(feature_table, args.output, writer, max_tokens=args.max_tokens, passed=bar.update)
+    print(f"{args.output}: {record.captioned:,} captions for the pictures without one, of {record.rows:,} rows")
+    for error, count in record.errors.items():
+        print(f"  {count:>8,} {error}: no caption; the columns error and message say why")
+    return DONE
+
+
 def _serve(args: argparse.Namespace, _: list[str]) -> int:
     try:
         from pipelines import serve
@@ -383,6 +398,7 @@ _COMMANDS = {
     "dedup": _dedup,
     "eval": _eval,
     "label": _label,
+    "caption": _caption,
     "serve": _serve,
 }
 

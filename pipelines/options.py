@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import fields
 
+from schemas.columns import CaptionSpec
 from schemas.dedup import DedupSpec
 from schemas.evaluation import EvaluationSpec
 from schemas.feature_table import InputSpec
@@ -29,6 +30,7 @@ def build() -> argparse.ArgumentParser:
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
     _eval(_command(commands, "eval", "how good a table is: retrieval, zero-shot classes, probes; a page and JSON"))
     _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
+    _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     return parser
 
@@ -285,6 +287,27 @@ def _label(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def _caption(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes, for rows with an image and no caption, a caption by a CoCa model, beside the table's rows and never "
+        "over its captions. Pictures are read from their shards again; what cannot be read is told with its reason, "
+        "and tried again by the next run."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--model", required=True, help="a CoCa model: an OpenCLIP name like coca_ViT-B-32, a model folder, hf-hub:…"
+    )
+    parser.add_argument(
+        "--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own"
+    )
+    parser.add_argument("--output", required=True, metavar="COLUMNS", help="the folder for the columns")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=CaptionSpec.max_tokens, help="of a caption (default: %(default)s)"
+    )
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
