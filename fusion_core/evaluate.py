@@ -251,7 +251,7 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
         uniformity_text=metrics.uniformity(y),
         gap=float(np.linalg.norm(image.mean(axis=0) - text.mean(axis=0))),
         cosine_matching=float(matching.mean()),
-        cosine_mismatched=float(mismatched.mean()) if len(mismatched) else float("nan"),
+        cosine_mismatched=float(mismatched.mean()) if len(mismatched) else None,
         mmd2=mmd2,
         mmd2_chance=chance,
         mmd2_p=p,
@@ -273,11 +273,11 @@ def _mismatched(groups: Ids, captions: Ids, rng: np.random.Generator) -> tuple[I
     return images[apart], texts[apart]
 
 
-def _told_apart(x: Floats, y: Floats, groups: Ids, seed: int) -> tuple[float, float]:
+def _told_apart(x: Floats, y: Floats, groups: Ids, seed: int) -> tuple[float | None, float | None]:
     """How well a linear classifier tells x from y on groups held out: accuracy, and bits of JSD that prove."""
     held = np.isin(groups, np.random.default_rng(seed).permutation(np.unique(groups))[: len(np.unique(groups)) // 2])
     if not (held.any() and (~held).any()):
-        return float("nan"), float("nan")
+        return None, None
     data, real = np.concatenate([x, y]), np.repeat([0, 1], len(x))
     test = np.tile(held, 2)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))

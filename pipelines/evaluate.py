@@ -55,7 +55,7 @@ def _summary(record: EvaluationRecord, output: str) -> str:
         lines.append(
             f"  alignment {found.alignment:.3f}, uniformity {found.uniformity_image:.2f} and "
             f"{found.uniformity_text:.2f}, modality gap {found.gap:.3f}, MMD² {found.mmd2:.4f} "
-            f"(chance {found.mmd2_chance:.4f}), CORAL {found.coral_relative:.2f}, JSD ≥ {found.jsd_bits:.2f} bits"
+            f"(chance {found.mmd2_chance:.4f}), CORAL {found.coral_relative:.2f}, JSD ≥ {found.jsd_bits or 0:.2f} bits"
         )
     if record.zero_shot:
         figures = record.zero_shot.result.figures

@@ -70,14 +70,14 @@ class Geometry:
     uniformity_text: float
     gap: float  # distance between the two means
     cosine_matching: float
-    cosine_mismatched: float
+    cosine_mismatched: float | None  # None where all pairs are of one picture or caption, as the last two are
     mmd2: float  # unbiased, RBF kernel of the pooled median distance
     mmd2_chance: float  # what 95 % of random splits of the same vectors stay below
     mmd2_p: float
     coral: float  # |C_image - C_text|² / 4D²
     coral_relative: float  # |C_image - C_text| / |C_image|
-    jsd_bits: float  # at least so much, from how well a linear classifier tells image from text
-    told_apart: float  # that classifier's accuracy on pairs held out
+    jsd_bits: float | None  # at least so much, from how well a linear classifier tells image from text
+    told_apart: float | None  # that classifier's accuracy on pairs held out
     histogram: Histogram
     projection_image: tuple[tuple[float, float], ...]  # on the two main axes of both together, pair by pair
     projection_text: tuple[tuple[float, float], ...]

@@ -60,13 +60,15 @@ def test_pairs_that_are_equal_are_found_and_those_of_chance_are_not(tmp_path: Pa
         assert 0.98 < way.figures["hit@1"].low < 1, "300 queries do not prove all"
     assert record.geometry is not None
     assert record.geometry.alignment == pytest.approx(0, abs=1e-5) and record.geometry.gap < 1e-3
-    assert record.geometry.mmd2 < record.geometry.mmd2_chance and record.geometry.jsd_bits < 0.05
+    assert record.geometry.mmd2 < record.geometry.mmd2_chance
+    assert record.geometry.jsd_bits is not None and record.geometry.jsd_bits < 0.05
     assert record.geometry.coral_relative == 0 and record.geometry.cosine_matching == pytest.approx(1, abs=1e-3)
     assert sum(record.geometry.histogram.matching) == 300
     chance = evaluate.evaluate(write(tmp_path / "b", image, noise(300, 1) + 0.5), EvaluationSpec())
     assert chance.retrieval[0].figures["hit@1"].high < 0.03
     assert chance.geometry is not None
     assert chance.geometry.mmd2 > chance.geometry.mmd2_chance and chance.geometry.mmd2_p < 0.02
+    assert chance.geometry.jsd_bits is not None and chance.geometry.told_apart is not None
     assert chance.geometry.gap > 0.4 and chance.geometry.told_apart > 0.7 and chance.geometry.jsd_bits > 0.2
 
 
@@ -167,6 +169,10 @@ def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:
     assert record.retrieval == () and record.geometry is None and record.pairs == 0
     assert {probe.features for probe in record.probes} == {"image", "none"}
     assert any("no retrieval" in note for note in record.notes)
+    alone = evaluate.evaluate(write(tmp_path / "d", noise(2), noise(2), caption=["a", "a"]), EvaluationSpec())
+    assert alone.geometry is not None and alone.geometry.cosine_mismatched is None
+    assert records.from_json(EvaluationRecord, records.to_json(alone), "") == alone
+    assert b"Where images and captions lie" in evaluation_page.render(alone)
     empty = Table(found.place, found.spec, ())
     with pytest.raises(BadEvaluation, match="no rows"):
         evaluate.evaluate(empty, EvaluationSpec())
