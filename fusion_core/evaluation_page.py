@@ -125,8 +125,10 @@ def _reliability(found: Calibration) -> dict[str, Any]:
 
 
 def _probes(found: Sequence[Probe]) -> list[dict[str, Any]]:
-    """The probes by features and classifier, each with its bar."""
-    return [{"of": one, "bar": round(100 * one.result.figures[_HEADLINE].value, 1)} for one in found]
+    """The probes classifier by classifier, each with its bar."""
+    kinds = list(dict.fromkeys(one.classifier for one in found))
+    ordered = sorted(found, key=lambda one: kinds.index(one.classifier))
+    return [{"of": one, "bar": round(100 * one.result.figures[_HEADLINE].value, 1)} for one in ordered]
 
 
 def _best(found: Sequence[Probe]) -> dict[str, Any] | None:

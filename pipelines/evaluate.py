@@ -51,11 +51,11 @@ def _summary(record: EvaluationRecord, output: str) -> str:
         said = [f"{name} {_percent(one.figures[name])}" for name in ("hit@1", "hit@10", "recall@10", "mAP", "nDCG@10")]
         lines.append(f"  {one.direction}, {one.queries:,} queries in {one.gallery:,}: {', '.join(said)}")
     if record.geometry:
-        found = record.geometry
+        space = record.geometry
         lines.append(
-            f"  alignment {found.alignment:.3f}, uniformity {found.uniformity_image:.2f} and "
-            f"{found.uniformity_text:.2f}, modality gap {found.gap:.3f}, MMD² {found.mmd2:.4f} "
-            f"(chance {found.mmd2_chance:.4f}), CORAL {found.coral_relative:.2f}, JSD ≥ {found.jsd_bits or 0:.2f} bits"
+            f"  alignment {space.alignment:.3f}, uniformity {space.uniformity_image:.2f} and "
+            f"{space.uniformity_text:.2f}, modality gap {space.gap:.3f}, MMD² {space.mmd2:.4f} "
+            f"(chance {space.mmd2_chance:.4f}), CORAL {space.coral_relative:.2f}, JSD ≥ {space.jsd_bits or 0:.2f} bits"
         )
     if record.zero_shot:
         figures = record.zero_shot.result.figures
@@ -65,11 +65,11 @@ def _summary(record: EvaluationRecord, output: str) -> str:
     for probe in record.probes:
         said = [f"{name} {_percent(of)}" for name, of in probe.result.figures.items()]
         lines.append(f"  {probe.classifier} on {probe.features}: {', '.join(said)}")
-    for one in record.differences:
-        if one.figure == "macro-F1":
-            verdict = ("better" if one.value > 0 else "worse") if one.claimed else "not told apart"
-            span = f"{100 * one.value:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-            lines.append(f"  {one.features} against {one.against}, {one.classifier}: {one.figure} {span}: {verdict}")
+    for found in record.differences:
+        if found.figure == "macro-F1":
+            verdict = ("better" if found.value > 0 else "worse") if found.claimed else "not told apart"
+            span = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+            lines.append(f"  {found.features} against {found.against}, {found.classifier}: macro-F1 {span}: {verdict}")
     lines += [f"  note: {note}" for note in record.notes]
     return "\n".join([*lines, f"{output}/eval.html: open it in a browser"])
 
