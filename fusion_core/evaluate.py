@@ -75,6 +75,8 @@ def evaluate(
     """
     if spec.folds < 2:
         raise BadEvaluation(f"a cross-validation needs at least 2 folds, not {spec.folds}")
+    if spec.seed < 0:
+        raise BadEvaluation(f"a seed is a whole number from 0, not {spec.seed}")
     clock = _Clock(log)
     with clock.stage("read"):
         rows = _draw(table, spec)

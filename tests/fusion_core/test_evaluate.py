@@ -174,6 +174,8 @@ def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:
     assert records.from_json(EvaluationRecord, records.to_json(alone), "") == alone
     assert b"Where images and captions lie" in evaluation_page.render(alone)
     empty = Table(found.place, found.spec, ())
+    with pytest.raises(BadEvaluation, match="a seed is a whole number from 0, not -1"):
+        evaluate.evaluate(found, EvaluationSpec(seed=-1))
     with pytest.raises(BadEvaluation, match="no rows"):
         evaluate.evaluate(empty, EvaluationSpec())
 
