@@ -22,6 +22,7 @@ DEMO = "fusion-demo"  # the small model that ships with us
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _CONTEXT_STEP = 8
+_LEAST_CAPTION_TOKENS = 5  # with the one that begins it: as CoCa's own
 _PROBE = (
     "",
     "a cat",
@@ -77,14 +78,23 @@ class Towers:
         self._pool_early()
         self._cuts_context = self._can_cut_context()
 
+    @property
+    def logit_scale(self) -> float:
+        """What the model was trained to multiply cosines with before a softmax."""
+        return float(self._model.logit_scale.detach().float().exp())
+
     def embed_images(self, pixels: np.ndarray, pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of preprocessed images, uint8 [n, H, W, 3]."""
+        with self._torch.inference_mode():
+            return self._unit(self._model.encode_image(self._normal(pixels, pad_to)), len(pixels))
+
+    def _normal(self, pixels: np.ndarray, pad_to: int) -> Any:
+        """The pixels as the image tower's input, [n, 3, H, W] on the device."""
         torch = self._torch
-        with torch.inference_mode():
-            batch = self._moved(_padded(pixels, pad_to))
-            rows = batch.flatten(0, 1).flatten(1).to(torch.float32)
-            normal = torch.addcmul(self._shift, rows, self._scale, out=rows).view(batch.shape)
-            return self._unit(self._model.encode_image(normal.permute(0, 3, 1, 2).to(self._dtype)), len(pixels))
+        batch = self._moved(_padded(pixels, pad_to))
+        rows = batch.flatten(0, 1).flatten(1).to(torch.float32)
+        normal = torch.addcmul(self._shift, rows, self._scale, out=rows).view(batch.shape)
+        return normal.permute(0, 3, 1, 2).to(self._dtype)
 
     def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
         """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
@@ -97,6 +107,39 @@ class Towers:
             for some in np.array_split(rows, range(pad_to, len(rows), pad_to)) if pad_to > 1 else [rows]:
                 vectors[some] = self._embed_tokens(tokens[some, :length], pad_to)
         return vectors
+
+    def check_captions(self) -> None:
+        """Raises TowerError unless the model writes captions: CoCa models do."""
+        if not hasattr(self._model, "text_decoder"):
+            raise TowerError(f"{self.spec.model} writes no captions: name a CoCa model, such as coca_ViT-B-32")
+        if not hasattr(self._tokenizer, "decoder"):
+            raise TowerError(f"{self.spec.model}: its tokenizer does not turn tokens into text")
+
+    def caption_images(self, pixels: np.ndarray, max_tokens: int = 30, pad_to: int = 1) -> list[str]:
+        """A caption of at most `max_tokens` tokens for each preprocessed image, uint8 [n, H, W, 3].
+
+        Each token is the likeliest after those before it, and there are at least four. This is what CoCa's own
+        `generate` does with `generation_type="top_k", top_k=1`; that needs transformers 4.56, whose beam search
+        left in 4.57, and which cannot be installed beside a current huggingface_hub.
+        """
+        torch, tokenizer = self._torch, self._tokenizer
+        start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+        length = min(max_tokens + 1, self._model.context_length)
+        with torch.inference_mode():
+            latent, image_tokens = self._model._encode_image(self._normal(pixels, pad_to))
+            tokens = torch.full((len(latent), 1), start, device=self.device)
+            ended = torch.zeros(len(latent), dtype=torch.bool, device=self.device)
+            while tokens.shape[1] < length and not bool(ended[: len(pixels)].all()):
+                known = {"image_latent": latent, "image_embs": image_tokens, "output_labels": False}
+                logits = self._model(None, tokens, **known)["logits"][:, -1].float()
+                logits[:, [start, *range(len(tokenizer.decoder), logits.shape[1])]] = -torch.inf
+                if tokens.shape[1] < _LEAST_CAPTION_TOKENS:
+                    logits[:, end] = -torch.inf
+                chosen = torch.where(ended, end, logits.argmax(dim=1))
+                ended = ended | (chosen == end)
+                tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        written = ([token for token in row if token not in (start, end)] for row in tokens[: len(pixels)].tolist())
+        return [" ".join(tokenizer.decode(row).split()) for row in written]
 
     def _embed_tokens(self, tokens: np.ndarray, pad_to: int) -> np.ndarray:
         with self._torch.inference_mode():

@@ -8,4 +8,4 @@ compile() {
         --custom-compile-command infra/compile-requirements.sh pyproject.toml "$@"
 }
 compile --extra test --output-file infra/requirements-test.txt
-compile --extra serve --constraint infra/requirements-test.txt --output-file infra/requirements.txt
+compile --extra eval --extra serve --constraint infra/requirements-test.txt --output-file infra/requirements.txt

@@ -58,6 +58,9 @@ def _expected(error: Exception) -> int | None:
         "WrongSpace",
         "BadImage",
         "BadDuplicates",
+        "BadColumns",
+        "BadEvaluation",
+        "BadLabels",
         "ServeError",
     }
     return USAGE if type(error).__name__ in named else None
@@ -295,6 +298,57 @@ def _dedup(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _eval(args: argparse.Namespace, _: list[str]) -> int:
+    from pipelines import evaluate
+
+    return evaluate.run(args)
+
+
+def _label(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import labels, table, towers
+
+    feature_table = table.Table.open(args.table)
+    classes = labels.read_classes(args.labels, args.templates)
+    tower = towers.for_spec(feature_table.spec.tower, args.device, args.pretrained)
+    with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
+        record = labels.write(
+            feature_table,
+            args.output,
+            classes,
+            tower,
+            top_k=args.top_k,
+            threshold=args.threshold,
+            fit=args.fit,
+            log=partial(print, file=sys.stderr),
+            labelled=bar.update,
+        )
+    said = ", ".join(f"{count:,} {name}" for name, count in list(record.counts.items())[:8])
+    print(f"{args.output}: {sum(record.counts.values()):,} of {record.rows:,} rows labelled: {said}")
+    if record.nll:
+        print(
+            f"  temperature {record.spec.temperature:.3f}: loss on held-out rows {record.nll[0]:.3f} → "
+            f"{record.nll[1]:.3f} nats (n={record.fitted_rows // 2:,})"
+        )
+    return DONE
+
+
+def _caption(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import captions, table, towers
+
+    feature_table = table.Table.open(args.table)
+    writer = towers.load(args.model, args.pretrained, args.device, args.precision)
+    with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
+        record = captions.write(feature_table, args.output, writer, max_tokens=args.max_tokens, passed=bar.update)
+    print(f"{args.output}: {record.captioned:,} captions for the pictures without one, of {record.rows:,} rows")
+    for error, count in record.errors.items():
+        print(f"  {count:>8,} {error}: no caption; the columns error and message say why")
+    return DONE
+
+
 def _serve(args: argparse.Namespace, _: list[str]) -> int:
     try:
         from pipelines import serve
@@ -357,6 +411,9 @@ _COMMANDS = {
     "search": _search,
     "eval": _eval,
     "dedup": _dedup,
+    "eval": _eval,
+    "label": _label,
+    "caption": _caption,
     "serve": _serve,
 }
 

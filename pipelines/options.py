@@ -3,7 +3,9 @@
 import argparse
 from dataclasses import fields
 
+from schemas.columns import CaptionSpec
 from schemas.dedup import DedupSpec
+from schemas.evaluation import EvaluationSpec
 from schemas.feature_table import InputSpec
 from schemas.index import META
 
@@ -29,6 +31,9 @@ def build() -> argparse.ArgumentParser:
         _command(commands, "eval", "measure an index on its table: recall, retrieval, latency, size; a page of plots")
     )
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
+    _eval(_command(commands, "eval", "how good a table is: retrieval, zero-shot classes, probes; a page and JSON"))
+    _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
+    _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     return parser
 
@@ -240,6 +245,90 @@ def _dedup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="for --cosine: auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where eval.json and eval.html go (default: into the table's folder)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the record (eval.json) instead of a summary")
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group = parser.add_argument_group("a TABLE")
+    group.add_argument(
+        "--labels", default=EvaluationSpec.labels, metavar="COLUMN|FILE",
+        help="the rows' true classes, for probes: a column, meta.NAME for a field of the sidecar, or a CSV, TSV or "
+        "Parquet file with columns key and label",
+    )  # fmt: skip
+    group.add_argument(
+        "--classes", default=EvaluationSpec.classes, metavar="FILE",
+        help="classify zero-shot among these: a label on each line, optionally with tabs and phrases that stand for it",
+    )  # fmt: skip
+    group.add_argument(
+        "--templates", default=EvaluationSpec.templates, metavar="FILE",
+        help="prompts, one on each line, with {} for the label (default: 'a photo of a {}' and the like)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-rows", type=positive, default=EvaluationSpec.max_rows, help="rows drawn (default: %(default)s)"
+    )
+    group.add_argument(
+        "--probe-rows", type=positive, default=EvaluationSpec.probe_rows,
+        help="labelled rows of these that probes are fitted on (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--folds", type=positive, default=EvaluationSpec.folds, help="of the cross-validation (default: %(default)s)"
+    )
+
+
+def _label(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--labels", required=True, metavar="FILE",
+        help="a label on each line, optionally with tabs and phrases that stand for it in prompts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--templates", default="", metavar="FILE",
+        help="prompts, one on each line, with {} for the label (default: 'a photo of a {}' and the like)",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="COLUMNS", help="the folder for the columns")
+    parser.add_argument("--top-k", type=positive, default=5, help="labels listed for a row (default: %(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, metavar="COSINE", help="'none' where the best label's cosine is below, -1 to 1"
+    )
+    parser.add_argument(
+        "--fit", default="", metavar="COLUMN|FILE",
+        help="true classes of some rows, to fit the temperature of the probabilities on: a column, meta.NAME, or a "
+        "CSV, TSV or Parquet file with columns key and label",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def _caption(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes, for rows with an image and no caption, a caption by a CoCa model, beside the table's rows and never "
+        "over its captions. Pictures are read from their shards again; what cannot be read is told with its reason, "
+        "and tried again by the next run."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--model", required=True, help="a CoCa model: an OpenCLIP name like coca_ViT-B-32, a model folder, hf-hub:…"
+    )
+    parser.add_argument(
+        "--pretrained", default="", metavar="TAG|FILE", help="the weights, where the model does not bring its own"
+    )
+    parser.add_argument("--output", required=True, metavar="COLUMNS", help="the folder for the columns")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=CaptionSpec.max_tokens, help="of a caption (default: %(default)s)"
+    )
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:

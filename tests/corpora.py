@@ -130,6 +130,23 @@ def write_scene_index(folder: Path, scenes: int = 40) -> str:
     return str(folder / "index")
 
 
+def write_scene_table(
+    folder: Path, scenes: int, members: Iterable[tuple[str, bytes]] = (), seed: int = 7
+) -> table.Table:
+    """A table of drawn scenes (and of a shard of other members), embedded with the demo's model in fp32 on the CPU."""
+    from fusion_core import shards, towers, unit
+    from fusion_core.demo import shards as demo_shards
+
+    demo_shards.write_shards(folder / "shards", scenes, scenes, seed, broken=False)
+    if members := list(members):
+        write_tar(folder / "shards" / "more.tar", members)
+    demo = towers.load(towers.DEMO, device="cpu", precision="fp32")
+    spec = table.claim(str(folder / "table"), TableSpec(demo.spec, InputSpec()))
+    for work in shards.plan([str(folder / "shards" / "*.tar")], spec.input):
+        unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
+    return table.Table.open(str(folder / "table"))
+
+
 HTML_CAPTION = "<img src=x onerror=document.title='broken'> <script>alert(1)</script> & more"
 
 
