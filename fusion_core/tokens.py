@@ -14,10 +14,10 @@ _WORDS_LIMIT = 1 << 18  # remembered; a corpus of a billion captions has more
 
 
 class Tokenizer:
-    """One of open_clip's tokenizers. Not safe in threads."""
+    """One of open_clip's tokenizers, as it is in `inner`. Not safe in threads."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+        self.inner = tokenizer
         self._words: dict[str, list[int]] | None = None
         if type(tokenizer).__name__ == "SimpleTokenizer" and tokenizer.reduction_fn is None:
             self._words = {}
@@ -27,12 +27,12 @@ class Tokenizer:
     def __call__(self, captions: list[str]) -> npt.NDArray[np.int64]:
         """Ids [n, context length]: start, words, end, then zeros; what is too long ends with the end token, too."""
         if self._words is None:
-            tokens: npt.NDArray[np.int64] = self._tokenizer(captions).numpy()
+            tokens: npt.NDArray[np.int64] = self.inner(captions).numpy()
             return tokens
-        context, end = self._tokenizer.context_length, self._tokenizer.eot_token_id
+        context, end = self.inner.context_length, self.inner.eot_token_id
         found = np.zeros((len(captions), context), np.int64)
         for row, caption in zip(found, captions, strict=True):
-            ids = [self._tokenizer.sot_token_id, *self._ids(caption), end]
+            ids = [self.inner.sot_token_id, *self._ids(caption), end]
             row[: len(ids)] = ids[:context]
             if len(ids) > context:
                 row[-1] = end
@@ -41,16 +41,16 @@ class Tokenizer:
     def _ids(self, caption: str) -> list[int]:
         """The ids of the caption's words. What is printable ASCII without an entity is clean already."""
         plain = self._only_lowers and caption.isascii() and caption.isprintable() and "&" not in caption
-        text = caption.lower() if plain else self._tokenizer.clean_fn(caption)
+        text = caption.lower() if plain else self.inner.clean_fn(caption)
         assert self._words is not None
         ids: list[int] = []
-        for word in self._tokenizer.pat.findall(text):
+        for word in self.inner.pat.findall(text):
             known = self._words.get(word)
             ids += self._remember(word) if known is None else known
         return ids
 
     def _remember(self, word: str) -> list[int]:
-        tokenizer = self._tokenizer
+        tokenizer = self.inner
         if len(self._words or ()) >= _WORDS_LIMIT:
             self._words, tokenizer.cache = {}, dict(self._special)
         assert self._words is not None

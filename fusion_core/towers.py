@@ -112,7 +112,7 @@ class Towers:
         """Raises TowerError unless the model writes captions: CoCa models do."""
         if not hasattr(self._model, "text_decoder"):
             raise TowerError(f"{self.spec.model} writes no captions: name a CoCa model, such as coca_ViT-B-32")
-        if not hasattr(self._tokenizer, "decoder"):
+        if not hasattr(self._tokenizer.inner, "decoder"):
             raise TowerError(f"{self.spec.model}: its tokenizer does not turn tokens into text")
 
     def caption_images(self, pixels: np.ndarray, max_tokens: int = 30, pad_to: int = 1) -> list[str]:
@@ -122,7 +122,7 @@ class Towers:
         `generate` does with `generation_type="top_k", top_k=1`; that needs transformers 4.56, whose beam search
         left in 4.57, and which cannot be installed beside a current huggingface_hub.
         """
-        torch, tokenizer = self._torch, self._tokenizer
+        torch, tokenizer = self._torch, self._tokenizer.inner
         start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
         length = min(max_tokens + 1, self._model.context_length)
         with torch.inference_mode():

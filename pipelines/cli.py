@@ -298,12 +298,6 @@ def _dedup(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
-def _eval(args: argparse.Namespace, _: list[str]) -> int:
-    from pipelines import evaluate
-
-    return evaluate.run(args)
-
-
 def _label(args: argparse.Namespace, _: list[str]) -> int:
     from tqdm import tqdm
 
@@ -385,14 +379,19 @@ def _eval(args: argparse.Namespace, _: list[str]) -> int:
     from fusion_core import files
 
     place = files.absolute(args.place)
-    if files.stat(files.join(place, "index.json")):
+    is_index = files.stat(files.join(place, "index.json")) is not None
+    asked = {word.partition("=")[0] for word in args.command_line.split() if word.startswith("--")}
+    if wrong := sorted(asked & (options.EVAL_TABLE if is_index else options.EVAL_INDEX)):
+        kind, other = ("an index", "a table") if is_index else ("a table", "an index")
+        print(f"fusion eval: {place} is {kind}: {wrong[0]} is for {other}", file=sys.stderr)
+        return USAGE
+    if is_index:
         from pipelines import evaluate_index
 
         return evaluate_index.run(args, place)
-    print(
-        f"fusion eval: {place} is not an index: it has no index.json (build one with `fusion index`)", file=sys.stderr
-    )
-    return USAGE
+    from pipelines import evaluate
+
+    return evaluate.run(args)
 
 
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
@@ -409,7 +408,6 @@ _COMMANDS = {
     "verify": _verify,
     "index": _index,
     "search": _search,
-    "eval": _eval,
     "dedup": _dedup,
     "eval": _eval,
     "label": _label,

@@ -27,11 +27,8 @@ def build() -> argparse.ArgumentParser:
     _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
-    _eval(
-        _command(commands, "eval", "measure an index on its table: recall, retrieval, latency, size; a page of plots")
-    )
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
-    _eval(_command(commands, "eval", "how good a table is: retrieval, zero-shot classes, probes; a page and JSON"))
+    _eval(_command(commands, "eval", "measure a table or an index: how good it is, and at what cost; a page and JSON"))
     _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
     _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
@@ -190,23 +187,6 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
-def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("place", metavar="INDEX", help="the folder or URI of an index")
-    parser.add_argument(
-        "--output", default="", metavar="DIR",
-        help="where eval.json and eval.html are written (default: the index's folder)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=natural, default=0, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="of exact search: auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    index = parser.add_argument_group("an INDEX")
-    index.add_argument("--table", default="", help="where its table lies now, if it was moved")
-    index.add_argument(
-        "--queries", type=positive, default=1000, metavar="N",
-        help="rows of the table that are asked, of each kind (default: %(default)s)",
-    )  # fmt: skip
-
-
 def _dedup(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Finds a table's duplicates and writes, beside its rows, which cluster each is in and whether it is kept. Rows "
@@ -247,18 +227,27 @@ def _dedup(parser: argparse.ArgumentParser) -> None:
     )
 
 
+EVAL_INDEX = {"--table", "--queries"}
+EVAL_TABLE = {"--pretrained", "--labels", "--classes", "--templates", "--max-rows", "--probe-rows", "--folds"}
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("place", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("place", metavar="TABLE|INDEX", help="the folder or URI of a feature table or an index")
     parser.add_argument(
-        "--output", metavar="DIR", help="where eval.json and eval.html go (default: into the table's folder)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the record (eval.json) instead of a summary")
-    parser.add_argument(
-        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
-    )
+        "--output", default="", metavar="DIR",
+        help="where eval.json and eval.html go (default: into the folder itself)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=natural, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print eval.json instead of a summary")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    group = parser.add_argument_group("a TABLE")
+    index = parser.add_argument_group("an INDEX: recall, retrieval, latency, size")
+    index.add_argument("--table", default="", help="where its table lies now, if it was moved")
+    index.add_argument(
+        "--queries", type=positive, default=1000, metavar="N",
+        help="rows of the table that are asked, of each kind (default: %(default)s)",
+    )  # fmt: skip
+    group = parser.add_argument_group("a TABLE: retrieval, zero-shot classes, probes, geometry")
+    group.add_argument("--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved")
     group.add_argument(
         "--labels", default=EvaluationSpec.labels, metavar="COLUMN|FILE",
         help="the rows' true classes, for probes: a column, meta.NAME for a field of the sidecar, or a CSV, TSV or "

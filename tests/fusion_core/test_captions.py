@@ -63,7 +63,7 @@ def pixels_of(model: Towers, pictures: list[bytes]) -> np.ndarray:
 
 def likeliest(model: Towers, pixels: np.ndarray, max_tokens: int) -> str:
     """The caption of one picture, each token chosen by the whole model's own forward, in order."""
-    network, tokenizer = model._model, model._tokenizer
+    network, tokenizer = model._model, model._tokenizer.inner
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (model.spec.preprocess.mean, model.spec.preprocess.std)
@@ -73,8 +73,8 @@ def likeliest(model: Towers, pixels: np.ndarray, max_tokens: int) -> str:
     with torch.inference_mode():
         while len(tokens) <= max_tokens:
             logits = network(picture, torch.tensor([tokens]), output_labels=False)["logits"][0, -1]
-            banned = {start, end} if len(tokens) < 5 else {start}
-            tokens.append(max(set(range(len(logits))) - banned, key=lambda token: float(logits[token])))
+            logits[[start, end] if len(tokens) < 5 else [start]] = -torch.inf
+            tokens.append(int(logits.argmax()))
             if tokens[-1] == end:
                 break
     return " ".join(tokenizer.decode([token for token in tokens if token not in (start, end)]).split())
@@ -96,8 +96,8 @@ def test_captions_are_the_likeliest_tokens(coca: Towers) -> None:
 def test_captions_are_those_of_open_clips_generate(coca: Towers) -> None:
     pixels = pixels_of(coca, [photo(i) for i in range(5)])
     own = coca._model.generate(coca._normal(pixels, 1), generation_type="top_k", top_k=1, seq_len=12)
-    ends = (coca._tokenizer.sot_token_id, coca._tokenizer.eot_token_id)
-    texts = [coca._tokenizer.decode([token for token in row if token not in ends]) for row in own.tolist()]
+    ends = (coca._tokenizer.inner.sot_token_id, coca._tokenizer.inner.eot_token_id)
+    texts = [coca._tokenizer.inner.decode([token for token in row if token not in ends]) for row in own.tolist()]
     assert [" ".join(text.split()) for text in texts] == coca.caption_images(pixels, max_tokens=10)
 
 

@@ -54,6 +54,7 @@ def test_a_table_that_was_moved_is_named_and_another_place_is_written_to(
         (["--seed", "-1"], "below 0"),
         (["--device", "tpu"], "not auto, cpu or cuda"),
         (["--what"], "no option --what"),
+        (["--labels", "x"], "is an index: --labels is for a table"),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(
@@ -69,7 +70,11 @@ def test_wrong_usage_is_told_before_any_work(
 
 def test_what_is_no_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tmp_path)]) == 2
-    assert "is not an index" in capsys.readouterr().err
+    assert "no feature table" in capsys.readouterr().err
+    (tmp_path / "table.json").write_text("{}")
+    assert cli.main(["eval", str(tmp_path), "--queries", "5"]) == 2
+    assert "is a table: --queries is for an index" in capsys.readouterr().err
+    (tmp_path / "table.json").unlink()
     (tmp_path / "index.json").write_text("{}")
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "not a IndexRecord" in capsys.readouterr().err
