@@ -16,8 +16,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from fusion_core import choose, files, index, vectors
 from fusion_core.choose import RECALL_K, Queries
+from fusion_core.clock import Clock
 from fusion_core.index import BadIndex, Rows, Shards
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
@@ -80,22 +81,6 @@ class Piece:
         return sum(record.features.rows for record in self.records if record.features)
 
 
-@dataclass
-class Clock:
-    """Seconds by stage, told to `log` as each stage ends."""
-
-    log: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Counts its block as `name`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"index: {name} took {self.seconds[name]:.1f} s")
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run has to do."""
@@ -120,7 +105,7 @@ def build(
 
     The same table and options give the same bytes, whoever adds the pieces.
     """
-    job, clock = IndexJob(files.absolute(place), column, **options), Clock(log)
+    job, clock = IndexJob(files.absolute(place), column, **options), Clock(log, "index")
     planned = plan(job, table, clock)
     with clock.stage("add"):
         for piece in planned.work:

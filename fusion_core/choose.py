@@ -27,6 +27,7 @@ _CHOICE_QUERIES = 250  # of each kind, enough to tell candidates apart
 _TIMED_QUERIES = 200
 _SAMPLED_GROUPS = 256  # row groups of a large table that a sample is drawn from: some gigabytes are read, not all
 _K_FACTORS = (32, 16, 8, 4, 2, 1)
+_PROJECTED = ("SVD{0},IVF1,SQ8", "SVD{0},IVF1,PQ{0}x4fs")
 _AS_FAST = 1.1  # within this of the fastest, the smallest wins
 
 
@@ -191,27 +192,35 @@ def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDA
 def factories(dim: int, max_bytes: float, rows: int = 0, lists: int = 1) -> list[str]:
     """The types worth a trial, with the number of cells left open (1); the surest first.
 
-    Raises ValueError, naming the smallest, where none is as small as asked for.
+    Where bytes are short, these are followed by projections onto as many dimensions as the bytes allow. Raises
+    ValueError, naming the smallest, where no type is as small as asked for.
     """
     h, q = dim // 2, dim // 4
     found = ["Flat", "IVF1,SQfp16", "IVF1,SQ8"]
     if dim % 8 == 0:
-        found += [f"IVF1,PQ{h}x4fs,Refine(SQ8)", f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8",
-                  f"IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
+        found += [f"IVF1,PQ{h}x4fs,Refine(SQ8)", f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQ8)",
+                  f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8", f"IVF1,PQ{q}x4fs,Refine(SQ8)",
+                  f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQfp16)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
                   f"SVD{h},IVF1,PQ{h}x4fs", f"SVD{q},IVF1,PQ{q}x4fs", "IVF1,RaBitQ,Refine(SQ8)"]  # fmt: skip
     found += ["SQfp16", "SQ8", "SQ4"]
-    small = [f"SVD{dim // n},IVF1,PQ{dim // n}x4fs" for n in (8, 16) if dim % n == 0] if dim % 8 == 0 else []
-    sizes = {factory: Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows) for factory in (*found, *small)}
-    fitting = [factory for factory in found if not max_bytes or sizes[factory] <= max_bytes]
-    if fitting:
-        return fitting
-    fitting = [factory for factory in small if sizes[factory] <= max_bytes]
+
+    def size(factory: str) -> float:
+        return Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows)
+
+    if not max_bytes:
+        return found
+    fitting = [factory for factory in found if size(factory) <= max_bytes]
+    filled = [[form.format(dims) for dims in range(dim - dim % 8, 0, -8) if dims < dim] for form in _PROJECTED]
+    for forms in filled:
+        sizes = [size(form) for form in forms]
+        fitting += [form for form, taken in zip(forms, sizes, strict=True) if taken <= max_bytes < sizes[0]][:1]
     if not fitting:
+        least = min(map(size, [*found, *(forms[-1] for forms in filled if forms)]))
         raise ValueError(
             f"no index of {rows:,} vectors of {dim} dimensions takes at most {max_bytes:g} bytes for a vector; the "
-            f"smallest takes {min(sizes.values()):.0f}"
+            f"smallest takes {least:.0f}"
         )
-    return fitting
+    return list(dict.fromkeys(fitting))
 
 
 @dataclass(frozen=True)

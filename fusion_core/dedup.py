@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_core import files, neighbours, phash
+from fusion_core.clock import Clock
 from fusion_core.neighbours import Components, Halves, Ids, Records, Scratch, Words
 from fusion_core.table import Table, to_numpy
 from schemas import records
@@ -78,7 +79,7 @@ def build(
         log(f"dedup: {place} stands already")
         return before
     _remove_stale_scratch(place)
-    clock = _Clock(log)
+    clock = Clock(log, "dedup")
     hashes = None
     if spec.near_bits is not None:
         with clock.stage("hash"):
@@ -253,21 +254,6 @@ def _remove_strangers(place: str, record: DedupRecord) -> None:
         for entry in files.list_files(files.join(place, folder)):
             if entry.place.rpartition("/")[2] not in current:
                 files.remove(entry.place)
-
-
-@dataclass
-class _Clock:
-    """Seconds by stage, told to `log` as each stage ends."""
-
-    log: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"dedup: {name} took {self.seconds[name]:.1f} s")
 
 
 # --- links ----------------------------------------------------------------------------------------------------------

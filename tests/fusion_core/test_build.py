@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusion_core import build, choose, files, index, report, vectors
 from fusion_core import table as tables
+from fusion_core.clock import Clock
 from fusion_core.index import BadIndex, Index, Rows
 from fusion_core.table import Table
 from fusion_core.vectors import Kind
@@ -351,7 +352,7 @@ def test_types_that_are_not_ours_are_refused(text: str) -> None:
 
 
 def test_an_index_that_was_cut_off_names_the_missing_piece(world: Any, tmp_path: Path) -> None:
-    job, clock = build.IndexJob(str(tmp_path), **options()), build.Clock(lambda line: None)
+    job, clock = build.IndexJob(str(tmp_path), **options()), Clock(lambda line: None, "index")
     planned = build.plan(job, world[0], clock)
     with pytest.raises(BadIndex, match="is missing: run the same command again"):
         build.finish(job, planned, clock)
