@@ -190,19 +190,19 @@ def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDA
 
 
 def factories(dim: int, max_bytes: float, rows: int = 0, lists: int = 1) -> list[str]:
-    """The types worth a trial, with the number of cells left open (1); the surest first.
+    """The types worth a trial, with the number of cells left open (1): one that is sure, then the most promising.
 
     Where bytes are short, these are followed by projections onto as many dimensions as the bytes allow. Raises
     ValueError, naming the smallest, where no type is as small as asked for.
     """
     h, q = dim // 2, dim // 4
-    found = ["Flat", "IVF1,SQfp16", "IVF1,SQ8"]
+    found = ["IVF1,SQfp16"]
     if dim % 8 == 0:
-        found += [f"IVF1,PQ{h}x4fs,Refine(SQ8)", f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQ8)",
-                  f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8", f"IVF1,PQ{q}x4fs,Refine(SQ8)",
-                  f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQfp16)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
+        found += [f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQ8)",
+                  f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQfp16)", f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8",
+                  f"IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
                   f"SVD{h},IVF1,PQ{h}x4fs", f"SVD{q},IVF1,PQ{q}x4fs", "IVF1,RaBitQ,Refine(SQ8)"]  # fmt: skip
-    found += ["SQfp16", "SQ8", "SQ4"]
+    found += ["IVF1,SQ8", "Flat", "SQfp16", "SQ8", "SQ4"]
 
     def size(factory: str) -> float:
         return Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows)

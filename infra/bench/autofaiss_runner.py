@@ -62,7 +62,7 @@ def search(folder: str, queries: str, output: str) -> None:
 def settings(key: str) -> list[str]:
     """What autofaiss itself would vary, written as it writes it."""
     if key.startswith("HNSW"):
-        return [f"efSearch={n}" for n in (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)]
+        return [f"efSearch={n}" for n in (16, 32, 64, 96, 128, 256, 512, 1024, 2048)]
     tail = ",ht=2048" if "PQ" in key else ""
     graph = "_HNSW" in key
     return [

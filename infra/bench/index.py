@@ -180,8 +180,8 @@ class Case:
         """Recalls and times by parameters."""
         record, found = opened.record, {}
         kind = vectors.Kind.parse(record.factory)
-        nprobes = [1 << i for i in range(2, 11) if 1 << i < kind.lists] if kind.lists else [0]
-        for factor in (1, 2, 4, 8, 16, 32) if kind.refine else (0,):
+        nprobes = [1 << i for i in range(3, 11) if 1 << i < kind.lists] if kind.lists else [0]
+        for factor in (2, 4, 8, 16) if kind.refine else (0,):
             for nprobe in nprobes:
                 parameters = {name: v for name, v in (("nprobe", nprobe), ("k_factor", factor)) if v}
                 found[str(parameters)] = self._measured(opened, parameters)
