@@ -28,6 +28,7 @@ _TIMED_QUERIES = 200
 _SAMPLED_GROUPS = 256  # row groups of a large table that a sample is drawn from: some gigabytes are read, not all
 _K_FACTORS = (32, 16, 8, 4, 2, 1)
 _PROJECTED = ("SVD{0},IVF1,SQ8", "SVD{0},IVF1,PQ{0}x4fs")
+_NEARLY = 0.01  # a recall that is lower by this is as good
 _AS_FAST = 1.1  # within this of the fastest, the smallest wins
 
 
@@ -130,22 +131,30 @@ def sample_rows(dim: int) -> int:
 def tune(
     kind: Kind, recalls: Callable[[Parameters], Sequence[float]], seconds: Callable[[Parameters], float], target: float
 ) -> Parameters:
-    """The fastest parameters found whose recall reaches the target for every kind of query; else the most thorough.
+    """The fastest parameters found whose recall reaches the target for every kind of query.
 
-    The more answers are refined, the fewer cells need to be visited: the most refined setting says where to begin.
+    Where none does, the target is what the most thorough parameters reach, less _NEARLY: what the codes have lost is
+    not found by visiting every cell. The more answers are refined, the fewer cells need to be visited: the most refined
+    setting says where to begin.
     """
     factors = _K_FACTORS if kind.refine else (0,)
     grid = _steps(kind.lists) if kind.lists else [0]
-    start, reached = 0, []
-    for factor in factors:
-        found = _least(grid[start:], lambda nprobe, f=factor: _reaches(recalls(_named(nprobe, f)), target))  # type: ignore[misc]
-        if found is None:
-            break
-        start += found
-        reached.append(_named(grid[start], factor))
-    if len(reached) < 2:
-        return reached[0] if reached else _named(grid[-1], factors[0])
-    return min(reached, key=seconds)
+
+    def reaching(targets: float | Sequence[float]) -> list[Parameters]:
+        start, found = 0, []
+        for factor in factors:
+            least = _least(grid[start:], lambda n, f=factor: _reaches(recalls(_named(n, f)), targets))  # type: ignore[misc]
+            if least is None:
+                break
+            start += least
+            found.append(_named(grid[start], factor))
+        return found
+
+    most = _named(grid[-1], factors[0])
+    found = reaching(target) or reaching([min(target, value - _NEARLY) for value in recalls(most)])
+    if len(found) < 2:
+        return found[0] if found else most
+    return min(found, key=seconds)
 
 
 def _steps(lists: int) -> list[int]:
@@ -171,8 +180,9 @@ def _least(grid: Sequence[int], reaches: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _reaches(recalls: Sequence[float], target: float) -> bool:
-    return all(value >= target for value in recalls if value == value)
+def _reaches(recalls: Sequence[float], targets: float | Sequence[float]) -> bool:
+    values = np.array(recalls)
+    return bool((np.isnan(values) | (values >= targets)).all())
 
 
 def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDArray[np.float64]:

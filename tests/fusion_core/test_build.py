@@ -259,6 +259,13 @@ def test_a_limit_of_bytes_is_kept_by_the_index_itself(world: Any, tmp_path: Path
         build.build(world[0], str(tmp_path / "other"), exact_rows=100, max_bytes_per_vector=5)
 
 
+@given(best=st.floats(0.2, 0.94), knee=st.integers(1, 1000))
+def test_a_target_out_of_reach_does_not_visit_every_cell(best: float, knee: int) -> None:
+    recalls = lambda p: [best * min(1, p["nprobe"] / knee), float("nan")]  # noqa: E731
+    found = choose.tune(Kind.parse("SVD16,IVF1000,SQ8"), recalls, lambda p: p["nprobe"], 0.95)
+    assert best - 0.01 <= recalls(found)[0] and found["nprobe"] < 1.5 * knee + 1
+
+
 @given(limit=st.integers(14, 700))
 def test_types_fill_the_bytes_that_are_allowed(limit: int) -> None:
     dim, rows, lists = 512, 10**6, 4000
