@@ -16,8 +16,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ import pyarrow as pa
 
 from fusion_core import choose, files, index, vectors
 from fusion_core.choose import RECALL_K, Queries
+from fusion_core.clock import Clock
+from fusion_core.dedup import BadDuplicates, Duplicates
 from fusion_core.index import BadIndex, Rows, Shards
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
@@ -58,13 +60,15 @@ class IndexJob:
     piece_bytes: int = 64 << 20  # of vectors as the table stores them: a worker's memory
     tune_seconds: float = 120
     exact_rows: int = EXACT_ROWS  # up to so many vectors the index is exact, without a choice
+    keep: str = ""  # where duplicates of the table lie (dedup.build): the rows that they drop are left out
+    kept: str = ""  # the SHA-256 of these, which `plan` looks up
     factory: str = ""  # a type instead of the choice; the number of cells (IVF1) is filled in
     seed: int = 0
 
     def settings(self, spec: TableSpec) -> str:
         """Fingerprint of what a training depends on, but for the rows."""
         asked = [self.column, self.target_recall, self.max_bytes_per_vector, self.exact_rows, self.factory, self.seed]
-        return records.fingerprint([spec.decisive, *asked])
+        return records.fingerprint([spec.decisive, *asked, *([self.kept] if self.kept else [])])
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,6 @@ class Piece:
     def rows(self) -> int:
         """With or without a vector."""
         return sum(record.features.rows for record in self.records if record.features)
-
-
-@dataclass
-class Clock:
-    """Seconds by stage, told to `log` as each stage ends."""
-
-    log: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-    name: str = "index"
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Counts its block as `name`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"{self.name}: {name} took {self.seconds[name]:.1f} s")
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ def build(
 
     The same table and options give the same bytes, whoever adds the pieces.
     """
-    job, clock = IndexJob(files.absolute(place), column, **options), Clock(log)
+    job, clock = IndexJob(files.absolute(place), column, **options), Clock(log, "index")
     planned = plan(job, table, clock)
     with clock.stage("add"):
         for piece in planned.work:
@@ -135,13 +122,16 @@ def build(
 def plan(job: IndexJob, table: Table, clock: Clock) -> Plan:
     """What is to be done for the index to be of `table` as it is now; trains, unless a training stands that fits."""
     before = _check_request(job, table)
+    if job.keep:
+        job = replace(job, kept=Duplicates.open(job.keep, table).sha256)
     training = _standing_training(job, table, before)
     if training is None:
         with clock.stage("train"):
             training = _train(job, table, clock)
         files.write_bytes(job.place, _training_name(job, table), records.to_json(training, indent=2))
     live = {part.path for part in table.parts}
-    same = before is not None and before.training is not None and before.training.trained == training.trained
+    known = before.training if before else None
+    same = known is not None and (known.trained, known.kept) == (training.trained, training.kept)
     whole = [shard for shard in before.shards if set(shard.parts) <= live] if before and same else []
     done = {path for shard in whole for path in shard.parts}
     todo = [record for record in table.records if record.features and record.features.path not in done]
@@ -269,6 +259,7 @@ def _publish_training(job: IndexJob, table: Table, trained: Shard, queries: Sequ
         trained=_publish_index(job.place, "trained", trained.base),
         trained_refine=_publish_index(job.place, "trained", trained.refine) if trained.refine is not None else None,
         queries=_publish_arrays(job.place, "queries", held, sum(len(asked.vectors) for asked in queries)),
+        kept=job.kept,
     )
 
 
@@ -291,7 +282,13 @@ def _deal(job: IndexJob, table: Table, training: Training, todo: Sequence[Manife
 def _piece(training: Training, group: Sequence[ManifestRecord]) -> Piece:
     parts = [record.features.sha256 for record in group if record.features]
     refine = training.trained_refine.sha256 if training.trained_refine else ""
-    key = [training.trained.sha256, refine, training.queries.sha256, *parts]
+    key = [
+        training.trained.sha256,
+        refine,
+        training.queries.sha256,
+        *parts,
+        *([training.kept] if training.kept else []),
+    ]
     return Piece(hashlib.sha256("\n".join(key).encode()).hexdigest()[:16], tuple(group))
 
 
@@ -305,11 +302,14 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
     with folder as scratch:
         shard = _read_trained(job.place, training, scratch)
         queries = _read_queries(job, spec, training, scratch)
+    kept = _kept(job, table, training)
     k = RECALL_K + 1  # a query's own row does not count
     truths = {asked.name: (np.full((len(asked.vectors), k), -np.inf, np.float32),
                            np.full((len(asked.vectors), k), -1, np.int64)) for asked in queries}  # fmt: skip
     numbers: list[npt.NDArray[np.uint32]] = []
     for rows, block in index.blocks(table, job.column):
+        if kept is not None:
+            rows, block = rows[kept[rows]], block[kept[rows]]
         _check_lengths(block, lambda i, at=rows: _named_row(table, int(at[i])), job.column)  # type: ignore[misc]
         for asked in queries if len(block) else ():
             scores, places = vectors.exact(asked.vectors, block, k)
@@ -329,6 +329,16 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
         _publish_arrays(job.place, "truth", arrays, shard.rows),
     )
     files.write_bytes(job.place, f"piece-{piece.name}.json", records.to_json(done))
+
+
+def _kept(job: IndexJob, table: Table, training: Training) -> npt.NDArray[np.bool_] | None:
+    """Which rows of some of the table's parts are to be indexed; None where all are."""
+    if not training.kept:
+        return None
+    duplicates = Duplicates.read(job.keep, table)
+    if duplicates.sha256 != training.kept:
+        raise BadDuplicates(f"{job.keep} was written anew meanwhile: run the same command again")
+    return duplicates.kept(table.parts)
 
 
 def _finished(job: IndexJob, name: str) -> IndexShard | None:

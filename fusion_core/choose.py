@@ -27,6 +27,8 @@ _CHOICE_QUERIES = 250  # of each kind, enough to tell candidates apart
 _TIMED_QUERIES = 200
 _SAMPLED_GROUPS = 256  # row groups of a large table that a sample is drawn from: some gigabytes are read, not all
 _K_FACTORS = (32, 16, 8, 4, 2, 1)
+_PROJECTED = ("SVD{0},IVF1,SQ8", "SVD{0},IVF1,PQ{0}x4fs")
+_NEARLY = 0.01  # a recall that is lower by this is as good
 _AS_FAST = 1.1  # within this of the fastest, the smallest wins
 
 
@@ -129,22 +131,30 @@ def sample_rows(dim: int) -> int:
 def tune(
     kind: Kind, recalls: Callable[[Parameters], Sequence[float]], seconds: Callable[[Parameters], float], target: float
 ) -> Parameters:
-    """The fastest parameters found whose recall reaches the target for every kind of query; else the most thorough.
+    """The fastest parameters found whose recall reaches the target for every kind of query.
 
-    The more answers are refined, the fewer cells need to be visited: the most refined setting says where to begin.
+    Where none does, the target is what the most thorough parameters reach, less _NEARLY: what the codes have lost is
+    not found by visiting every cell. The more answers are refined, the fewer cells need to be visited: the most refined
+    setting says where to begin.
     """
     factors = _K_FACTORS if kind.refine else (0,)
     grid = _steps(kind.lists) if kind.lists else [0]
-    start, reached = 0, []
-    for factor in factors:
-        found = _least(grid[start:], lambda nprobe, f=factor: _reaches(recalls(_named(nprobe, f)), target))  # type: ignore[misc]
-        if found is None:
-            break
-        start += found
-        reached.append(_named(grid[start], factor))
-    if len(reached) < 2:
-        return reached[0] if reached else _named(grid[-1], factors[0])
-    return min(reached, key=seconds)
+
+    def reaching(targets: float | Sequence[float]) -> list[Parameters]:
+        start, found = 0, []
+        for factor in factors:
+            least = _least(grid[start:], lambda n, f=factor: _reaches(recalls(_named(n, f)), targets))  # type: ignore[misc]
+            if least is None:
+                break
+            start += least
+            found.append(_named(grid[start], factor))
+        return found
+
+    most = _named(grid[-1], factors[0])
+    found = reaching(target) or reaching([min(target, value - _NEARLY) for value in recalls(most)])
+    if len(found) < 2:
+        return found[0] if found else most
+    return min(found, key=seconds)
 
 
 def _steps(lists: int) -> list[int]:
@@ -170,8 +180,9 @@ def _least(grid: Sequence[int], reaches: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _reaches(recalls: Sequence[float], target: float) -> bool:
-    return all(value >= target for value in recalls if value == value)
+def _reaches(recalls: Sequence[float], targets: float | Sequence[float]) -> bool:
+    values = np.array(recalls)
+    return bool((np.isnan(values) | (values >= targets)).all())
 
 
 def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDArray[np.float64]:
@@ -189,29 +200,37 @@ def microseconds(search: Callable[[Floats], object], queries: Floats) -> npt.NDA
 
 
 def factories(dim: int, max_bytes: float, rows: int = 0, lists: int = 1) -> list[str]:
-    """The types worth a trial, with the number of cells left open (1); the surest first.
+    """The types worth a trial, with the number of cells left open (1): one that is sure, then the most promising.
 
-    Raises ValueError, naming the smallest, where none is as small as asked for.
+    Where bytes are short, these are followed by projections onto as many dimensions as the bytes allow. Raises
+    ValueError, naming the smallest, where no type is as small as asked for.
     """
     h, q = dim // 2, dim // 4
-    found = ["Flat", "IVF1,SQfp16", "IVF1,SQ8"]
+    found = ["IVF1,SQfp16"]
     if dim % 8 == 0:
-        found += [f"IVF1,PQ{h}x4fs,Refine(SQ8)", f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8",
+        found += [f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQ8)",
+                  f"SVD{q},IVF1,PQ{q}x4fs,Refine(SQfp16)", f"SVD{h},IVF1,PQ{q}x4fs,Refine(SQ8)", f"SVD{h},IVF1,SQ8",
                   f"IVF1,PQ{q}x4fs,Refine(SQ8)", f"IVF1,PQ{h}x4fs,Refine(SQfp16)", f"SVD{q},IVF1,SQ8",
                   f"SVD{h},IVF1,PQ{h}x4fs", f"SVD{q},IVF1,PQ{q}x4fs", "IVF1,RaBitQ,Refine(SQ8)"]  # fmt: skip
-    found += ["SQfp16", "SQ8", "SQ4"]
-    small = [f"SVD{dim // n},IVF1,PQ{dim // n}x4fs" for n in (8, 16) if dim % n == 0] if dim % 8 == 0 else []
-    sizes = {factory: Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows) for factory in (*found, *small)}
-    fitting = [factory for factory in found if not max_bytes or sizes[factory] <= max_bytes]
-    if fitting:
-        return fitting
-    fitting = [factory for factory in small if sizes[factory] <= max_bytes]
+    found += ["IVF1,SQ8", "Flat", "SQfp16", "SQ8", "SQ4"]
+
+    def size(factory: str) -> float:
+        return Kind.parse(factory).with_lists(lists).bytes_per_vector(dim, rows)
+
+    if not max_bytes:
+        return found
+    fitting = [factory for factory in found if size(factory) <= max_bytes]
+    filled = [[form.format(dims) for dims in range(dim - dim % 8, 0, -8) if dims < dim] for form in _PROJECTED]
+    for forms in filled:
+        sizes = [size(form) for form in forms]
+        fitting += [form for form, taken in zip(forms, sizes, strict=True) if taken <= max_bytes < sizes[0]][:1]
     if not fitting:
+        least = min(map(size, [*found, *(forms[-1] for forms in filled if forms)]))
         raise ValueError(
             f"no index of {rows:,} vectors of {dim} dimensions takes at most {max_bytes:g} bytes for a vector; the "
-            f"smallest takes {min(sizes.values()):.0f}"
+            f"smallest takes {least:.0f}"
         )
-    return fitting
+    return list(dict.fromkeys(fitting))
 
 
 @dataclass(frozen=True)

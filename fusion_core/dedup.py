@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_core import files, neighbours, phash
+from fusion_core.clock import Clock
 from fusion_core.neighbours import Components, Halves, Ids, Records, Scratch, Words
 from fusion_core.table import Table, to_numpy
 from schemas import records
@@ -78,7 +79,7 @@ def build(
         log(f"dedup: {place} stands already")
         return before
     _remove_stale_scratch(place)
-    clock = _Clock(log)
+    clock = Clock(log, "dedup")
     hashes = None
     if spec.near_bits is not None:
         with clock.stage("hash"):
@@ -131,16 +132,23 @@ class Duplicates:
     @classmethod
     def open(cls, place: str, table: Table) -> "Duplicates":
         """The duplicates at `place`; raises BadDuplicates, naming the difference, unless they are of this table."""
+        found = cls.read(place, table)
+        place, record = found.place, found.record
+        if different := _differences(record, table):
+            raise BadDuplicates(f"{place} is not of {table.place} as it is now ({different}): run `fusion dedup` again")
+        if not _is_whole(place, record):
+            raise BadDuplicates(f"{place} lacks parts that its {_RECORD} names: run `fusion dedup` again")
+        return found
+
+    @classmethod
+    def read(cls, place: str, table: Table) -> "Duplicates":
+        """The duplicates at `place`, of a table that `table` is some parts of, unchecked; BadDuplicates if none are."""
         place = files.absolute(place)
         record = _read_record(place)
         if record is None:
             raise BadDuplicates(
                 f"{place} has no {_RECORD}: write it with `fusion dedup {table.place} --output {place}`"
             )
-        if different := _differences(record, table):
-            raise BadDuplicates(f"{place} is not of {table.place} as it is now ({different}): run `fusion dedup` again")
-        if not _is_whole(place, record):
-            raise BadDuplicates(f"{place} lacks parts that its {_RECORD} names: run `fusion dedup` again")
         return cls(place, record, table)
 
     def clusters(self, part: int) -> pa.Table:
@@ -151,9 +159,16 @@ class Duplicates:
             raise BadDuplicates(f"{self.place}: {output.path} is damaged or was replaced: run `fusion dedup` again")
         return pq.read_table(pa.BufferReader(data))
 
-    def kept(self) -> Flags:
-        """For each row of the table, in manifest order, whether it is kept."""
-        found = [self.clusters(part)["kept"].to_numpy() for part in range(len(self.record.outputs))]
+    @property
+    def sha256(self) -> str:
+        """Of what is kept: other duplicates of the same table have another."""
+        return hashlib.sha256("".join(output.sha256 for output in self.record.outputs).encode()).hexdigest()
+
+    def kept(self, parts: Sequence[Part] | None = None) -> Flags:
+        """For each row of the table, or of these parts of it, in manifest order, whether it is kept."""
+        number = {part.path: i for i, part in enumerate(self.record.parts)}
+        wanted = self.record.parts if parts is None else parts
+        found = [self.clusters(number[part.path])["kept"].to_numpy() for part in wanted]
         return np.concatenate([*found, np.empty(0, bool)])
 
     def scan_kept(self, columns: Sequence[str] | None = None, batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
@@ -253,21 +268,6 @@ def _remove_strangers(place: str, record: DedupRecord) -> None:
         for entry in files.list_files(files.join(place, folder)):
             if entry.place.rpartition("/")[2] not in current:
                 files.remove(entry.place)
-
-
-@dataclass
-class _Clock:
-    """Seconds by stage, told to `log` as each stage ends."""
-
-    log: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"dedup: {name} took {self.seconds[name]:.1f} s")
 
 
 # --- links ----------------------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ a split.
 """
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from fusion_core import fusers, labels, metrics
+from fusion_core.clock import Clock
 from fusion_core.labels import Classes, Truth
 from fusion_core.metrics import Doubles, Floats, Ids
 from fusion_core.table import Table, to_numpy
@@ -77,7 +77,7 @@ def evaluate(
         raise BadEvaluation(f"a cross-validation needs at least 2 folds, not {spec.folds}")
     if spec.seed < 0:
         raise BadEvaluation(f"a seed is a whole number from 0, not {spec.seed}")
-    clock = _Clock(log)
+    clock = Clock(log, "eval")
     with clock.stage("read"):
         rows = _draw(table, spec)
     notes: list[str] = []
@@ -108,21 +108,6 @@ def evaluate(
         seconds=clock.seconds,
         **found,
     )
-
-
-@dataclass
-class _Clock:
-    """Seconds by stage, told to `log` as each stage ends."""
-
-    log: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-        self.log(f"eval: {name} took {self.seconds[name]:.1f} s")
 
 
 # --- the sample -----------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from fusion_core import choose, files, index_page, vectors
 from fusion_core import index as indexes
 from fusion_core import table as tables
-from fusion_core.build import Clock
 from fusion_core.choose import RECALL_K
+from fusion_core.clock import Clock
 from fusion_core.index import RECORD, SCORE_TOLERANCE, BadIndex, Index
 from fusion_core.table import Table, TableError
 from fusion_core.vectors import Floats, Ids, Kind
@@ -125,7 +125,7 @@ def evaluate(
     `gpu`: exact search may run there. Raises BadIndex for an index without vectors, or of another table.
     """
     index.check_table(table)
-    record, clock = index.record, Clock(log, name="eval")
+    record, clock = index.record, Clock(log, "eval")
     if not record.rows_indexed:
         raise BadIndex(
             f"{index.place} holds no vectors, as none of the {record.rows_table:,} rows has {record.column}: there is "

@@ -5,7 +5,7 @@ import numbers
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusion_core import fields, files, fusers, images, tabular, tars, towers, where
-from fusion_core.index import BadIndex, Index
+from fusion_core.index import BadIndex, Index, read_record
 from fusion_core.towers import Towers
 from fusion_core.vectors import Floats, Ids
 from schemas import records
@@ -71,13 +71,24 @@ class Query:
         return max(LEAST_CANDIDATES, OVERSAMPLING * self.k) if self.rearranges or self.by_rank else self.k
 
 
-def open(path: str, device: str = "auto", pretrained: str = "") -> "Searcher":
+def open(path: str, device: str = "auto", pretrained: str = "", ahead: bool = False) -> "Searcher":
     """A searcher of the index at `path`; its towers are loaded when a text or an image first asks for them.
 
+    `ahead` loads them in a thread, from now on: that takes seconds, in which the index's files are read and checked.
     `pretrained`: where the weights lie now, if they were moved. Raises BadIndex; a query may raise TowerError.
     """
-    index = Index.open(path)
-    return Searcher(index, lambda: towers.for_spec(index.record.table_spec.tower, device, pretrained))
+    spec = read_record(files.absolute(path)).table_spec.tower
+
+    def load() -> Towers:
+        return towers.for_spec(spec, device, pretrained)
+
+    def load_ahead() -> None:
+        with suppress(Exception):  # it is raised again, where the towers are asked for
+            load()
+
+    if ahead:
+        threading.Thread(target=load_ahead, name="towers").start()
+    return Searcher(Index.open(path), load)
 
 
 class Searcher:

@@ -243,7 +243,8 @@ def _index(args: argparse.Namespace, rest: list[str]) -> int:
     runner.check_beam_options(rest, vars(args))
     place = files.absolute(args.output)
     asked = ("column", "target_recall", "max_bytes_per_vector", "max_shard_bytes", "tune_seconds")
-    job = build.IndexJob(place, **{name: getattr(args, name) for name in asked})
+    keep = files.absolute(args.keep) if args.keep else ""
+    job = build.IndexJob(place, keep=keep, **{name: getattr(args, name) for name in asked})
     knobs = runner.Knobs(workers=args.workers or 0)
     try:
         record = index.run(job, feature_table, knobs, rest, partial(print, file=sys.stderr))

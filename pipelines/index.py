@@ -17,6 +17,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import build, files, vectors
 from fusion_core.build import IndexJob, Piece
+from fusion_core.clock import Clock
 from fusion_core.index import BadIndex, Index
 from fusion_core.table import Table
 from pipelines.runner import Knobs, local_runner
@@ -62,7 +63,7 @@ def run(
 
     Raises BadIndex, naming why, where pieces are missing at the end: the same command goes on from what is done.
     """
-    clock = build.Clock(log)
+    clock = Clock(log, "index")
     planned = build.plan(job, table, clock)
     if planned.work:
         with clock.stage("add"):

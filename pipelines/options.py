@@ -131,6 +131,9 @@ def _index(parser: argparse.ArgumentParser) -> None:
         "--max-bytes-per-vector", type=positive, default=0, metavar="N", help="no larger index than this"
     )
     parser.add_argument(
+        "--keep", metavar="DEDUP", default="", help="leave out the rows that `fusion dedup TABLE --output DEDUP` drops"
+    )
+    parser.add_argument(
         "--max-shard-bytes", type=positive, default=4 << 30, metavar="N", help="per file (default: %(default)s)"
     )
     parser.add_argument(

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadQuery(f"--queries names a file with the queries: leave out --{given[0]}")
     if args.queries and not Path(args.queries).exists():
         raise BadQuery(f"there is no file of queries {args.queries}")
-    searcher = search.open(args.index, args.device, args.pretrained)
+    embeds = args.queries or args.text is not None or args.image is not None
+    searcher = search.open(args.index, args.device, args.pretrained, ahead=bool(embeds))
     if args.queries:
         return _answer_file(args, searcher, how)
     found = searcher.answer([_query(what | how, searcher, args.allow_url)])[0]

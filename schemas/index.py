@@ -42,6 +42,7 @@ class Training:
     trained_refine: Part | None
     queries: Part  # held out from training, by kind (npz)
     candidates: tuple[Candidate, ...] = ()
+    kept: str = ""  # SHA-256 of the duplicates that said which rows to keep; empty where all are
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_core import build, choose, files, index, report, vectors
+from fusion_core import build, choose, dedup, files, index, report, vectors
 from fusion_core import table as tables
+from fusion_core.clock import Clock
+from fusion_core.dedup import BadDuplicates, Duplicates
 from fusion_core.index import BadIndex, Index, Rows
 from fusion_core.table import Table
 from fusion_core.vectors import Kind
+from schemas.dedup import DedupSpec
 from tests.fusion_core.test_index import brute_force, pairs, write_table
 
 DIM, ROWS, PART_ROWS = 64, 3200, 400
@@ -256,9 +259,53 @@ def test_a_limit_of_bytes_is_kept_by_the_index_itself(world: Any, tmp_path: Path
         build.build(world[0], str(tmp_path / "other"), exact_rows=100, max_bytes_per_vector=5)
 
 
+@given(best=st.floats(0.2, 0.94), knee=st.integers(1, 1000))
+def test_a_target_out_of_reach_does_not_visit_every_cell(best: float, knee: int) -> None:
+    recalls = lambda p: [best * min(1, p["nprobe"] / knee), float("nan")]  # noqa: E731
+    found = choose.tune(Kind.parse("SVD16,IVF1000,SQ8"), recalls, lambda p: p["nprobe"], 0.95)
+    assert best - 0.01 <= recalls(found)[0] and found["nprobe"] < 1.5 * knee + 1
+
+
+@given(limit=st.integers(14, 700))
+def test_types_fill_the_bytes_that_are_allowed(limit: int) -> None:
+    dim, rows, lists = 512, 10**6, 4000
+    sizes = {text: Kind.parse(text).with_lists(lists).bytes_per_vector(dim, rows)
+             for text in choose.factories(dim, limit, rows, lists)}  # fmt: skip
+    assert 0 < max(sizes.values()) <= limit
+    assert limit > 500 or max(sizes.values()) > limit - 20
+
+
+# --- without duplicates
+
+
+def test_rows_that_duplicates_drop_are_left_out(world: Any, tmp_path: Path) -> None:
+    table, image, text, has_image = world
+    place, wide, tight = (str(tmp_path / name) for name in ("index", "wide", "tight"))
+    for out, cosine in ((wide, 0.75), (tight, 0.85)):
+        dedup.build(table, out, DedupSpec(cosine=cosine))
+    for keep in (wide, tight, ""):  # each is built anew: no shard of the one before is taken over
+        kept = has_image & (Duplicates.open(keep, table).kept() if keep else True)
+        record = build.build(table, place, **options("SQfp16", keep=keep))
+        assert record.rows_indexed == kept.sum() and (keep == "" or kept.sum() < has_image.sum())
+        _, ids = Index.open(place).search(text[:50], 10)
+        _, expected = brute_force(text[:50], image[kept], np.flatnonzero(kept), 10)
+        assert (ids == expected).mean() > 0.99
+    assert build.build(table, place, **options("SQfp16")) == record  # nothing to do
+
+
+def test_duplicates_of_another_table_are_refused(world: Any, tmp_path: Path) -> None:
+    other = write_table(tmp_path / "other", *pairs(100, dim=DIM, seed=1), np.ones(100, bool))
+    dedup.build(other, str(tmp_path / "dedup"), DedupSpec())
+    with pytest.raises(BadDuplicates, match=r"is not of .* as it is now"):
+        build.build(world[0], str(tmp_path / "index"), **options(keep=str(tmp_path / "dedup")))
+    with pytest.raises(BadDuplicates, match=r"has no dedup\.json: write it with `fusion dedup"):
+        build.build(world[0], str(tmp_path / "index"), **options(keep=str(tmp_path / "none")))
+
+
 def test_the_time_for_the_choice_ends_it(world: Any, tmp_path: Path) -> None:
     record = build.build(world[0], str(tmp_path), exact_rows=100, tune_seconds=0)
-    assert record.training and [item.factory for item in record.training.candidates] == ["Flat"]
+    assert record.training is not None
+    assert [Kind.parse(item.factory).with_lists(1).text for item in record.training.candidates] == ["IVF1,SQfp16"]
 
 
 @pytest.mark.parametrize("factory", ["IVF1,SQ8", "IVF1,PQ32x4fs,Refine(SQ8)"])
@@ -351,7 +398,7 @@ def test_types_that_are_not_ours_are_refused(text: str) -> None:
 
 
 def test_an_index_that_was_cut_off_names_the_missing_piece(world: Any, tmp_path: Path) -> None:
-    job, clock = build.IndexJob(str(tmp_path), **options()), build.Clock(lambda line: None)
+    job, clock = build.IndexJob(str(tmp_path), **options()), Clock(lambda line: None, "index")
     planned = build.plan(job, world[0], clock)
     with pytest.raises(BadIndex, match="is missing: run the same command again"):
         build.finish(job, planned, clock)

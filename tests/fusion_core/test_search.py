@@ -2,6 +2,7 @@ import csv
 import hashlib
 import io
 import tarfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from fusion_core import table as tables
 from fusion_core.demo import scenes
 from fusion_core.index import Index
 from fusion_core.search import BadQuery, NoImage, Query, Searcher, WrongSpace, fetch_image
-from fusion_core.towers import Towers
+from fusion_core.towers import TowerError, Towers
 from schemas.feature_table import InputSpec, TableSpec, features_schema
 from schemas.index import ANSWER
 from schemas.samples import InputIdentity, Sample, Unit
@@ -327,6 +328,19 @@ def test_towers_are_loaded_by_the_first_query_that_needs_them(by_image: Searcher
     assert searcher._towers is None
     assert searcher.search(text="a red circle", k=5).equals(by_image.search(text="a red circle", k=5))
     assert searcher._towers is demo  # one copy per process
+
+
+def test_towers_can_be_loaded_while_the_index_is_opened(by_image: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "_LOADED", {})
+    searcher = search.open(by_image.index.place, device="cpu", ahead=True)
+    for thread in threading.enumerate():
+        if thread.name == "towers":
+            thread.join()
+    (loaded,) = towers._LOADED.values()
+    assert searcher.search(text="a red circle", k=5).equals(by_image.search(text="a red circle", k=5))
+    assert searcher._towers is loaded
+    with pytest.raises(TowerError, match="device 'tpu' is not"):  # what went wrong there is told here
+        search.open(by_image.index.place, device="tpu", ahead=True).search(text="a red circle")
 
 
 # --- the order of answers
