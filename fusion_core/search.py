@@ -89,7 +89,9 @@ class Searcher:
         self._towers = None if callable(towers) else towers
         self._load = towers if callable(towers) else None
         spec = index.record.table_spec
-        self._fuser = fusers.from_spec(spec.fuser) if spec.fuser and index.record.column == "fused_embedding" else None
+        self._fuser: fusers.Fuser | None = None
+        if spec.fuser and index.record.column == "fused_embedding":
+            self._fuser = fusers.from_spec(spec.fuser, index.place)
         self._filters = _Filters(index)
         if self._towers is not None:
             _check_towers(index, self._towers.spec)

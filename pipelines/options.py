@@ -5,9 +5,26 @@ from dataclasses import fields
 
 from schemas.dedup import DedupSpec
 from schemas.feature_table import InputSpec
+from schemas.fuser import TrainJob
 from schemas.index import META
 
 _DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
+_TRAIN_DEFAULTS = {item.name: item.default for item in fields(TrainJob)}
+_TRAINING = {
+    "epochs": "passes over the rows, at most",
+    "patience": "passes without a better validation after which to stop",
+    "batch_rows": "rows in a batch",
+    "learning_rate": "of AdamW, falling to 0 by a cosine",
+    "weight_decay": "of the matrices",
+    "modality_dropout": "share of training rows that lose one modality",
+    "label_weight": "of the labels' cross-entropy beside views or triplets",
+    "logit_adjustment": "for rare labels: times the log of a label's share, 1 is usual",
+    "coral": "weight of this distance between modalities as a regulariser",
+    "mmd": "weight of this distance between modalities as a regulariser",
+    "jsd": "weight of this distance between modalities as a regulariser",
+    "max_rows": "rows of TABLE that are used, drawn in row groups",
+    "seed": "of the split, the sample, the order and the start",
+}
 
 
 def build() -> argparse.ArgumentParser:
@@ -27,6 +44,8 @@ def build() -> argparse.ArgumentParser:
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
+    _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
+    _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
 
@@ -243,6 +262,70 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=positive, default=128, help="requests in progress; more get a 503 (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds for a request (default: %(default)s)")
+
+
+def _fuse(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser. Nothing but TABLE "
+        "is read. Run it again to resume, or to follow TABLE where that has grown or changed."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--fuser", required=True, metavar="DIR|SPEC",
+        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="TABLE2", help="the new table's folder or URI")
+    parser.add_argument(
+        "--weights", action="store_true", help="also fusion_weights: how much image and text weighed in each row"
+    )
+    parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fits a fuser to the frozen embeddings of a table, from degraded views of its rows, from triplets or from "
+        "labels. On rows that were held out it is compared with the best single modality and the best weighted sum; "
+        "one that is not certain to beat both is marked as not promoted."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the fuser's folder")
+    parser.add_argument(
+        "--fuser", default="combiner", metavar="TYPE", help="gate, gmu, combiner or attention (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--views", action="extend", nargs="+", default=[], metavar="TABLE",
+        help="tables of the same keys, from blurred or cropped images or from shortened captions: their rows are to "
+        "find the rows of TABLE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--triplets", default="", metavar="FILE",
+        help="CSV, JSONL or Parquet with query_image_key, query_text_key and target_key, all keys of TABLE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labels", default="", metavar="COLUMN|FILE",
+        help="a column of TABLE, meta.NAME for a field of its sidecars, or a CSV, JSONL or Parquet of key and label",
+    )  # fmt: skip
+    for name, what in _TRAINING.items():
+        default = _TRAIN_DEFAULTS[name]
+        kind = float if name == "modality_dropout" else type(default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N",
+            help=f"{what} (default: {'0.2 if any row lacks one, else 0' if default is None else default})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--target", default="image", choices=("image", "text"), help="what a query is to find (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loss",
+        default="info_nce",
+        choices=("info_nce", "siglip"),
+        help="of views and triplets (default: info_nce)",
+    )
+    parser.add_argument("--class-weights", action="store_true", help="rare labels count as much as frequent ones")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def seconds(text: str) -> float:
