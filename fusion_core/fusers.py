@@ -61,8 +61,6 @@ class Fuser:
         Of a formula they are its own, of a gate its z, of a GMU the mean z, of attention what its query attends to.
         """
         image, text = _slot(image, has_image), _slot(text, has_text)
-        if not (np.isfinite(image).all() and np.isfinite(text).all()):
-            raise FuserError("an embedding that is said to be present holds NaN or infinity")
         if self.net is not None:
             fused, weights = _forward(self.net, image, text, has_image, has_text)
             needed = has_image | has_text
@@ -373,4 +371,7 @@ def _padded(rows: np.ndarray) -> np.ndarray:
 
 
 def _slot(vectors: np.ndarray, present: np.ndarray) -> np.ndarray:
-    return normalize(np.where(present[:, None], vectors, 0))
+    given = np.where(present[:, None], vectors, 0)
+    if not np.isfinite(given).all():
+        raise FuserError("an embedding that is said to be present holds NaN or infinity")
+    return normalize(given)

@@ -166,7 +166,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queries", metavar="FILE",
         help="many queries: a text on each line, or an object with text, image, vector, id, key, k, image_weight, "
-        "by_rank, where, collapse, diversity; answers are JSON lines with the number of the query's line",
+        "by_rank, by_score, where, collapse, diversity; answers are JSON lines with the number of the query's line",
     )  # fmt: skip
     parser.add_argument(
         "--image-weight",
@@ -175,8 +175,16 @@ def _search(parser: argparse.ArgumentParser) -> None:
         help="of the image, 0 to 1, when both are given (default: %(default)s)",
     )
     parser.add_argument(
+        "--fuser", default="", metavar="DIR|SPEC",
+        help="weighs text and image instead: a folder of `fusion train` whose space is the backbone's",
+    )  # fmt: skip
+    parser.add_argument(
         "--by-rank", action="store_true",
         help="search by text and by image and join the two rankings (reciprocal rank fusion), instead of weighing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--by-score", action="store_true",
+        help="the same, joining z-normed scores by --image-weight: neither decides by a wider spread of its scores",
     )  # fmt: skip
     parser.add_argument(
         "--where", metavar="CONDITION",

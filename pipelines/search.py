@@ -17,7 +17,7 @@ from fusion_core.search import BadQuery, Query, Searcher
 
 DONE, FAILED = 0, 1
 _AT_ONCE = 64  # queries answered together
-_HOW = ("k", "image_weight", "by_rank", "where", "collapse", "diversity")
+_HOW = ("k", "image_weight", "by_rank", "by_score", "where", "collapse", "diversity")
 _WHAT = ("text", "image", "key", "id")
 
 
@@ -32,6 +32,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     k: int | None = None
     image_weight: float | None = None
     by_rank: bool | None = None
+    by_score: bool | None = None
     where: str | None = None
     collapse: float | None = None
     diversity: float | None = None
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadQuery(f"--queries names a file with the queries: leave out --{given[0]}")
     if args.queries and not Path(args.queries).exists():
         raise BadQuery(f"there is no file of queries {args.queries}")
-    searcher = search.open(args.index, args.device, args.pretrained)
+    searcher = search.open(args.index, args.device, args.pretrained, args.fuser)
     if args.queries:
         return _answer_file(args, searcher, how)
     found = searcher.answer([_query(what | how, searcher, args.allow_url)])[0]
