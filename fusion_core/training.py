@@ -23,6 +23,7 @@ from schemas.fuser import TrainJob
 LEAST_ROWS = 50  # for each of training, validation and test
 
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
+_PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
 _RESAMPLES = 2_000
 _KS = (1, 5, 10)
@@ -92,15 +93,19 @@ def train(
     counts = dict(zip(("train", "validation", "test"), map(len, chosen), strict=True))
     if min(counts.values()) < LEAST_ROWS:
         raise TrainError(f"{counts} rows: at least {LEAST_ROWS} of each are needed: embed more, of different content")
+    labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
+    if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
+        raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")
     net, epochs = fit(examples, chosen[TRAIN], chosen[VALIDATION], job, device, epoch)
     fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.tower.backbone)
-    chosen = [_some(rows, _JUDGED_ROWS, job.seed) if part else rows for part, rows in enumerate(chosen)]
+    judged = [_some(rows, _JUDGED_ROWS, job.seed) for rows in chosen]
     reports = []
     if examples.contrastive:
-        reports.append(judge_retrieval(examples, chosen[VALIDATION], chosen[TEST], fuser, job))
+        reports.append(judge_retrieval(examples, judged[VALIDATION], judged[TEST], fuser, job))
     if examples.classes:
-        labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
-        reports.append(judge_labels(examples, labelled, fuser, job))
+        most = (_PROBED_ROWS, _JUDGED_ROWS, _JUDGED_ROWS)
+        some = [_some(rows, n, job.seed) for rows, n in zip(labelled, most, strict=True)]
+        reports.append(judge_labels(examples, some, fuser, job))
     used = {"table": table.num_rows, "used": len(examples.targets), **counts}
     done = Trained(fuser, tuple(reports), used, epochs)
     told = {
@@ -113,18 +118,21 @@ def train(
         "objective": msgspec.json.encode(asdict(job)).decode(),
         "epochs": str(epochs),
     }
-    metrics = {
-        f"{report.task}/{system}/{name}": round(value, 6)
-        for report in reports
-        for system, named in report.figures.items()
-        for name, value in named.items()
-    }
+    named = fusers.with_record(fuser, trained_on=told, metrics=_metrics(reports), promoted=done.promoted)
+    return replace(done, fuser=named)
+
+
+def _metrics(reports: Sequence[Report]) -> dict[str, float]:
+    """The reports' numbers by path, as a fuser's record holds them."""
+    found: dict[str, float] = {}
     for report in reports:
+        for system, named in report.figures.items():
+            found |= {f"{report.task}/{system}/{name}": round(value, 6) for name, value in named.items()}
         for against, values in report.differences.items():
-            for name, value in zip(("mean", "low", "high"), values, strict=True):
-                metrics[f"{report.task}/{report.measure} minus {against}/{name}"] = round(value, 6)
-        metrics |= {f"{report.task}/distance/{name}": value for name, value in report.distances.items()}
-    return replace(done, fuser=fusers.with_record(fuser, trained_on=told, metrics=metrics, promoted=done.promoted))
+            path = f"{report.task}/{report.measure} minus {against}"
+            found |= {f"{path}/{name}": round(v, 6) for name, v in zip(("mean", "low", "high"), values, strict=True)}
+        found |= {f"{report.task}/distance/{name}": value for name, value in report.distances.items()}
+    return found
 
 
 def check_job(job: TrainJob) -> None:
@@ -546,7 +554,7 @@ def describe(trained: Trained) -> str:
     rows, lines = trained.rows, []
     lines.append(
         f"{rows['used']:,} of {rows['table']:,} rows; examples: {rows['train']:,} for training, {rows['validation']:,} "
-        f"for validation, {rows['test']:,} for this table (copies of one picture together); {trained.epochs} epochs"
+        f"for validation, {rows['test']:,} for these figures (copies of a picture together); {trained.epochs} epochs"
     )
     for report in trained.reports:
         names = list(next(iter(report.figures.values())))

@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     things /= np.linalg.norm(things, axis=1, keepdims=True)
     write_vectors(folder / "whole", things, noisy(things, 0.2, rng), SPEC)
     bad = rng.random(N) < 0.5
-    image, text = noisy(things, np.where(bad, 4.0, 0.4), rng), noisy(things, np.where(bad, 0.4, 4.0), rng)
+    image, text = noisy(things, np.where(bad, 30.0, 0.6), rng), noisy(things, np.where(bad, 0.6, 30.0), rng)
     image[:, 0], text[:, 0] = np.where(bad, 0.8, 0), np.where(bad, 0, 0.8)
     write_vectors(folder / "moody", image / np.linalg.norm(image, axis=1, keepdims=True),
                   text / np.linalg.norm(text, axis=1, keepdims=True), SPEC)  # fmt: skip
