@@ -22,6 +22,7 @@ from schemas.fuser import TrainJob
 
 LEAST_ROWS = 50  # for each of training, validation and test
 
+_EPOCHS, _STEPS = 25, 1_000  # of a training that is not told how many: what a table of 20,000 rows has in 25
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
@@ -77,7 +78,7 @@ def train(
     triplets: str = "",
     labels: str = "",
     device: str = "cpu",
-    epoch: Callable[[int, float, float], None] = lambda n, loss, score: None,
+    epoch: Callable[[int, int, float, float], None] = lambda n, of, loss, score: None,
 ) -> Trained:
     """Trains a fuser of `table`'s embeddings and judges it on held-out rows; `epoch` hears of each epoch's end.
 
@@ -149,9 +150,9 @@ def check_job(job: TrainJob) -> None:
         raise TrainError(f"modality_dropout must lie from 0 to below 1, not {job.modality_dropout}")
     if job.seed < 0:
         raise TrainError(f"seed must be a number from 0 on, not {job.seed}")
-    for name in ("epochs", "patience", "max_rows"):
-        if getattr(job, name) < 1:
-            raise TrainError(f"{name} must be at least 1, not {getattr(job, name)}")
+    for name, least in (("epochs", 0), ("patience", 0), ("max_rows", 1)):
+        if getattr(job, name) < least:
+            raise TrainError(f"{name} must be at least {least}, not {getattr(job, name)}")
     if job.batch_rows < 2 or not 0 < job.learning_rate < math.inf:
         raise TrainError(f"expected 2 rows in a batch and a learning rate above 0, not {job}")
 
@@ -187,7 +188,7 @@ def fit(
     watched_rows: Ids,
     job: TrainJob,
     device: str,
-    epoch: Callable[[int, float, float], None],
+    epoch: Callable[[int, int, float, float], None],
 ) -> tuple[Any, int]:
     """The network (on the CPU) of the best epoch by validation, and how many epochs there were."""
     import torch
@@ -206,11 +207,13 @@ def fit(
             lr=job.learning_rate,
         )  # fmt: skip
         batches = max(1, len(train_rows) // job.batch_rows)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * batches)
+        epochs = job.epochs or max(_EPOCHS, -(-_STEPS // batches))
+        patience = job.patience or max(1, epochs // 4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
         rng = np.random.default_rng(job.seed)
         watched = _some(watched_rows, _WATCHED_ROWS, job.seed)
         best, best_score, since, done = net.state_dict(), -math.inf, 0, 0
-        for done in range(1, job.epochs + 1):
+        for done in range(1, epochs + 1):
             total = 0.0
             for rows in np.array_split(rng.permutation(train_rows), batches):
                 loss = objective.loss(net, rows, rng)
@@ -221,11 +224,11 @@ def fit(
                 schedule.step()
                 total += float(loss.detach())
             score = objective.score(net, watched)
-            epoch(done, total / batches, score)
+            epoch(done, epochs, total / batches, score)
             since += 1
             if score > best_score:
                 best, best_score, since = {k: v.detach().clone() for k, v in net.state_dict().items()}, score, 0
-            if since >= job.patience:
+            if since >= patience:
                 break
         net.load_state_dict(best)
         return net.to("cpu").eval(), done

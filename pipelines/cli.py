@@ -350,9 +350,10 @@ def _train(args: argparse.Namespace, _: list[str]) -> int:
     from fusion_core import towers
 
     device = towers.pick_device(args.device)
-    with tqdm(total=job.epochs, unit=" epochs", disable=args.quiet or not sys.stderr.isatty()) as bar:
+    with tqdm(unit=" epochs", disable=args.quiet or not sys.stderr.isatty()) as bar:
 
-        def epoch(number: int, loss: float, score: float) -> None:
+        def epoch(number: int, epochs: int, loss: float, score: float) -> None:
+            bar.total = epochs
             bar.set_postfix_str(f"loss {loss:.3f}, validation {score:.3f}")
             bar.update(number - bar.n)
 

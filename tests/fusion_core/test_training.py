@@ -233,7 +233,7 @@ def test_the_interval_of_a_difference_is_drawn_by_groups() -> None:
         ({"modality_dropout": 1.0}, "modality_dropout"),
         ({"mmd": -1.0}, "mmd must be"),
         ({"learning_rate": float("nan")}, "learning rate above 0"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": -1}, "epochs must be at least 0"),
         ({"seed": -1}, "seed must be"),
     ],
 )
