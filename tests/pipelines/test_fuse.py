@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path, fuse: Fuse, capsy
     assert not (tmp_path / "fused").exists()
     assert fuse() == cli.DONE
     assert fuse("--weights") == cli.USAGE
-    assert "fusion_weights: False" in capsys.readouterr().err
+    assert "fusion_weights: True here" in capsys.readouterr().err
     write_unit(tmp_path / "strange", toy_unit("z-000000000009", "/data/z.tar"), [0],
                spec=table.Table.open(str(tmp_path / "fused")).spec)  # fmt: skip
     assert fuse(output="strange") == cli.USAGE
@@ -158,7 +158,7 @@ def test_a_trained_fusers_column_is_indexed_and_found(tmp_path: Path, kind: str)
     assert cli.main(["fuse", str(tmp_path / "table"), *arguments]) == cli.DONE
     built = str(tmp_path / "fused-index")
     assert cli.main(["index", place, "--column", "fused_embedding", "--output", built]) == cli.DONE
-    stored = next(table.Table.open(place).vectors("fused_embedding"))[1].astype(np.float32)
+    stored = vectors(read(Path(place)), "fused_embedding").astype(np.float32)
     text, image = "a large red circle", photo(5)
     (tmp_path / "table").rename(tmp_path / "away")
     (tmp_path / "fused").rename(tmp_path / "away-too")
