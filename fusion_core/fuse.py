@@ -54,8 +54,8 @@ def fuse_rows(rows: pa.RecordBatch, spec: TableSpec, place: str) -> pa.RecordBat
     """Feature rows with the columns that the spec's fuser makes of them, in place of those they had."""
     schema = features_schema(spec)
     image, text = (table.to_numpy(rows[name]) for name in ("image_embedding", "text_embedding"))
-    flags = (np.asarray(rows[name].to_numpy(zero_copy_only=False)) for name in ("has_image", "has_text"))
-    fused = unit.fused(image, text, *flags, spec, place)
+    has_image, has_text = (np.asarray(rows[f"has_{side}"].to_numpy(zero_copy_only=False)) for side in ("image", "text"))
+    fused = unit.fused(image, text, has_image, has_text, spec, place)
     made = {name: table.to_arrow(matrix, schema.field(name).type) for name, matrix in fused.items()}
     return pa.RecordBatch.from_arrays(
         [made[name] if name in made else rows[name] for name in schema.names], schema=schema

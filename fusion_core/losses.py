@@ -52,7 +52,7 @@ def coral(x: Tensor, y: Tensor) -> Tensor:
 
 def relative_coral(x: Tensor, y: Tensor) -> Tensor:
     """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7."""
-    distance: Tensor = (_covariance(x) - _covariance(y)).norm() / _covariance(x).norm()  # type: ignore[no-untyped-call]
+    distance: Tensor = (_covariance(x) - _covariance(y)).norm() / _covariance(x).norm()
     return distance
 
 
