@@ -9,13 +9,13 @@ from fusion_core.demo import shards
 from pipelines import cli
 from schemas.fuser import TrainJob
 
-PAIRS, SEED = 4000, 7
+PAIRS, SEED = 6000, 7
 
 
 @pytest.mark.slow
 def test_fusers_trained_on_degraded_scenes_beat_the_tuned_sum(tmp_path: Path) -> None:
     shards.write_shards(tmp_path / "whole", PAIRS, 1000, SEED, broken=False)
-    shards.write_views(tmp_path / "degraded", PAIRS, 1000, SEED)
+    shards.write_views(tmp_path / "degraded", PAIRS, 1000, SEED, blurred=1, colourless=1)
     opened = {}
     for name in ("whole", "degraded"):
         place = str(tmp_path / f"{name}-table")
