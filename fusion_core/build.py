@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fusion_core import choose, files, index, vectors
+from fusion_core import choose, files, fusers, index, vectors
 from fusion_core.choose import RECALL_K, Queries
 from fusion_core.clock import Clock
 from fusion_core.dedup import BadDuplicates, Duplicates
@@ -159,6 +159,8 @@ def _check_request(job: IndexJob, table: Table) -> IndexRecord | None:
         before = index.read_record(job.place)  # refuses to replace what is not an index of ours
     with files.PendingFile(job.place):
         pass  # a place that cannot be written to should be known before the work, not after
+    if table.spec.fuser and job.column == "fused_embedding":
+        fusers.keep(fusers.from_spec(table.spec.fuser, table.place), job.place)  # queries go through it too
     if job.factory:
         Kind.parse(job.factory)
     elif job.max_bytes_per_vector and table.num_rows > job.exact_rows:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fusion_core import fields, files, fusers, images, tabular, tars, towers, where
+from fusion_core import decisions, fields, files, fusers, images, tabular, tars, towers, where
 from fusion_core.index import BadIndex, Index, read_record
 from fusion_core.towers import Towers
 from fusion_core.vectors import Floats, Ids
@@ -23,7 +23,6 @@ from schemas.index import ANSWER, META
 
 OVERSAMPLING, LEAST_CANDIDATES = 4, 100
 MAX_K_REARRANGED = 2_500  # of a query that collapses or diversifies: it holds the vectors of its candidates
-_RANK_CONSTANT = 60  # of reciprocal rank fusion, as its authors chose it
 _CACHED_FILTERS, _CACHED_IDS = 8, 1 << 26  # half a GiB
 _PARQUET = (".parquet", ".pq")
 
@@ -56,6 +55,7 @@ class Query:
     k: int = 10
     image_weight: float = 0.5  # of text and image together, 0 to 1; on a `fused_embedding` index its fuser weighs
     by_rank: bool = False  # text and image as two searches, joined by reciprocal rank fusion, instead of one vector
+    by_score: bool = False  # the same, joined by image_weight of scores that are z-normed for each search
     where: str | None = None  # a condition on META's columns: see fusion_core.where
     collapse: float | None = None  # drops answers whose cosine with a better one is above, and copies (equal sha256)
     diversity: float = 0.0  # 0 (plain ranking) to 1: maximal marginal relevance
@@ -68,16 +68,19 @@ class Query:
     @property
     def candidates(self) -> int:
         """How many rows of each search the answer is chosen from."""
-        return max(LEAST_CANDIDATES, OVERSAMPLING * self.k) if self.rearranges or self.by_rank else self.k
+        from_more = self.rearranges or self.by_rank or self.by_score
+        return max(LEAST_CANDIDATES, OVERSAMPLING * self.k) if from_more else self.k
 
 
-def open(path: str, device: str = "auto", pretrained: str = "", ahead: bool = False) -> "Searcher":
+def open(path: str, device: str = "auto", pretrained: str = "", fuser: str = "", ahead: bool = False) -> "Searcher":
     """A searcher of the index at `path`; its towers are loaded when a text or an image first asks for them.
 
     `ahead` loads them in a thread, from now on: that takes seconds, in which the index's files are read and checked.
-    `pretrained`: where the weights lie now, if they were moved. Raises BadIndex; a query may raise TowerError.
+    `pretrained`: where the weights lie now, if they were moved. `fuser`: that is to weigh queries of text and image, as
+    for fusers.parse. Raises BadIndex, FuserError and WrongSpace; a query may raise TowerError.
     """
     spec = read_record(files.absolute(path)).table_spec.tower
+    weigher = fusers.parse(fuser, spec.embedding_dim, spec.backbone) if fuser else None
 
     def load() -> Towers:
         return towers.for_spec(spec, device, pretrained)
@@ -88,19 +91,29 @@ def open(path: str, device: str = "auto", pretrained: str = "", ahead: bool = Fa
 
     if ahead:
         threading.Thread(target=load_ahead, name="towers").start()
-    return Searcher(Index.open(path), load)
+    return Searcher(Index.open(path), load, weigher)
 
 
 class Searcher:
     """Answers queries from one index, from many threads if need be. Without towers it takes vectors and rows only."""
 
-    def __init__(self, index: Index, towers: Towers | Callable[[], Towers] | None = None):
-        """`towers`, or what loads them at first use. WrongSpace names the difference to those of the index's table."""
+    def __init__(
+        self, index: Index, towers: Towers | Callable[[], Towers] | None = None, fuser: fusers.Fuser | None = None
+    ):
+        """`towers`, or what loads them at first use. WrongSpace names the difference to those of the index's table.
+
+        `fuser`: for queries of text and image together; its vectors must be comparable with those of the index.
+        """
         self.index = index
         self._towers = None if callable(towers) else towers
         self._load = towers if callable(towers) else None
         spec = index.record.table_spec
-        self._fuser = fusers.from_spec(spec.fuser) if spec.fuser and index.record.column == "fused_embedding" else None
+        self._fuser: fusers.Fuser | None = None
+        if spec.fuser and index.record.column == "fused_embedding":
+            self._fuser = fusers.from_spec(spec.fuser, index.place)
+        if fuser is not None:
+            _check_fuser(index, fuser, self._fuser)
+            self._fuser = fuser
         self._filters = _Filters(index)
         if self._towers is not None:
             _check_towers(index, self._towers.spec)
@@ -177,7 +190,7 @@ class Searcher:
     def _combined(self, query: Query, image: Floats | None, text: Floats | None) -> list[Floats]:
         """The vector that the index is asked with, or two whose answers are to be joined."""
         both = image is not None and text is not None
-        if both and query.by_rank:
+        if both and (query.by_rank or query.by_score):
             return [*self._combined(query, image, None), *self._combined(query, None, text)]
         if self._fuser and (self._fuser.spec.space == "own" or both):
             return [self._fuse(self._fuser, image, text)]
@@ -206,11 +219,14 @@ class Searcher:
 
     def _rank(self, asked: "Sequence[_Asked]") -> None:
         for one in asked:
-            query, ((scores, ids), *others) = one.query, one.hits
+            query, (scores, ids) = one.query, one.hits[0]
             relevance = scores
-            if others:
-                scores, ids = _joined([ids, *(ids for _, ids in others)])
-                relevance = scores * ((_RANK_CONSTANT + 1) / (1 + len(others)))  # as cosines are, 1 at best
+            if len(one.hits) > 1 and query.by_score:
+                scores, ids = decisions.z_normed(one.hits, [query.image_weight, 1 - query.image_weight])
+                relevance = (scores - scores.min()) / max(1e-6, np.ptp(scores)) if len(scores) else scores
+            elif len(one.hits) > 1:
+                scores, ids = decisions.reciprocal_ranks(one.hits)
+                relevance = scores * ((decisions.RANK_CONSTANT + 1) / len(one.hits))  # as cosines are, 1 at best
             if query.rearranges and len(ids):
                 vectors = fusers.normalize(self.index.vectors(ids))
                 order = np.arange(len(ids))
@@ -322,6 +338,8 @@ def _check(query: Query) -> set[str]:
         raise BadQuery("the query holds half a surrogate pair, which no text has") from None
     if query.k < 1:
         raise BadQuery(f"k must be at least 1, got {query.k}")
+    if query.by_rank and query.by_score:
+        raise BadQuery("two rankings are joined by_rank or by_score, not by both")
     if query.rearranges and query.k > MAX_K_REARRANGED:
         raise BadQuery(f"k must be at most {MAX_K_REARRANGED:,} with collapse or diversity, got {query.k:,}")
     for name in ("image_weight", "collapse", "diversity"):
@@ -339,6 +357,7 @@ _KINDS: dict[str, Any] = {
     "k": numbers.Integral,
     "image_weight": numbers.Real,
     "by_rank": bool,
+    "by_score": bool,
     "where": str,
     "collapse": numbers.Real,
     "diversity": numbers.Real,
@@ -402,15 +421,6 @@ def _weigh(image: Floats, text: Floats, image_weight: float) -> Floats:
 
 
 # --- the order of the answers
-
-
-def _joined(rankings: Sequence[Ids]) -> tuple[Floats, Ids]:
-    """Ids by falling sum of 1 / (60 + rank) over the rankings that have them, the lower id first among equals."""
-    ids, place = np.unique(np.concatenate(rankings), return_inverse=True)
-    parts = np.concatenate([1 / (_RANK_CONSTANT + 1 + np.arange(len(ranking))) for ranking in rankings])
-    scores = np.bincount(place, parts, len(ids))
-    order = np.argsort(-scores, kind="stable")
-    return scores[order].astype(np.float32), ids[order]
 
 
 def _apart(vectors: Floats, hashes: Sequence[bytes | None], above: float) -> Ids:
@@ -518,6 +528,18 @@ def _read_range(place: str, offset: int, length: int, max_bytes: int) -> bytes:
 def _check_size(place: str, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise NoImage(f"the image in {place} has {size:,} bytes, more than the {max_bytes:,} asked for")
+
+
+def _check_fuser(index: Index, fuser: fusers.Fuser, own: fusers.Fuser | None) -> None:
+    if own is not None and own.spec.fingerprint == fuser.spec.fingerprint:
+        return
+    if fuser.spec.space != "backbone" or (own is not None and own.spec.space != "backbone"):
+        raise WrongSpace(
+            f"{index.place} holds {index.record.column}"
+            + (f" by {own.spec.type!r} (space {own.spec.space!r})" if own else "")
+            + f"; vectors by {fuser.spec.type!r} (space {fuser.spec.space!r}) are not comparable with these: "
+            "index a table that was fused by the same fuser"
+        )
 
 
 def _check_towers(index: Index, theirs: TowerSpec) -> None:

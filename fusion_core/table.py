@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from fusion_core import files
+from fusion_core import files, fusers
 from schemas import records
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, RunRecord, TableSpec, features_schema
 from schemas.records import SchemaMismatch
@@ -477,17 +477,19 @@ class Table:
         if len(positions) and (positions.min() < 0 or positions.max() >= self.num_rows):
             raise IndexError(f"row {positions[(positions < 0) | (positions >= self.num_rows)][0]} of {self.num_rows}")
         order = np.argsort(positions, kind="stable")
-        found, first = [], 0
-        for part in self.parts:
-            inside = positions[order][
-                np.searchsorted(positions[order], first) : np.searchsorted(positions[order], first + part.rows)
-            ]
-            if len(inside):
-                found.append(self._take_part(part, inside - first, columns))
-            first += part.rows
+        found = list(self.pick(positions[order], columns))
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         taken = pa.concat_tables(found) if found else schema.empty_table()
         return taken.take(pa.array(np.argsort(order, kind="stable")))
+
+    def pick(self, rows: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows at ascending positions, part by part, reading only the row groups that hold them."""
+        first = 0
+        for part in self.parts:
+            start, stop = np.searchsorted(rows, (first, first + part.rows))
+            if stop > start:
+                yield self._take_part(part, rows[start:stop] - first, columns)
+            first += part.rows
 
     def sample(self, rows: int, seed: int = 0, columns: Sequence[str] | None = None) -> pa.Table:
         """`rows` random rows (all, if there are fewer), none twice, in manifest order; the seed decides which."""
@@ -577,6 +579,11 @@ def verify(place: str, progress: Callable[[ManifestRecord], None] = lambda recor
             Finding(record.unit.id, what) for what in _verify_unit(Table(place, spec, (record,)), record, lying)
         ]
         progress(record)
+    if spec.fuser:
+        try:
+            fusers.from_spec(spec.fuser, place)
+        except (fusers.FuserError, SchemaMismatch, OSError) as error:
+            findings.append(Finding("", str(error)))
     recorded = {path for record in manifest.live for path in part_paths(record)}
     findings += [
         Finding(unit_of_part(path), f"{path}: no record names it (left by a run that was cut off)")

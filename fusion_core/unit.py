@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from fusion_core import files, fusers, images, readers, shards, table
 from fusion_core.towers import Towers
-from schemas.feature_table import ManifestRecord, Part, TableSpec, features_schema
+from schemas.feature_table import WEIGHTS, ManifestRecord, Part, TableSpec, features_schema
 from schemas.samples import DeadLetter, Sample, Unit
 
 ItemT = TypeVar("ItemT")
@@ -74,7 +74,7 @@ def run_unit(
             rows, letters = embed_images(window, spec, towers, known, batch, clock, done)
             embed_texts(rows, towers, known, batch, clock)
             with clock("fuse"):
-                table_rows = features(work.unit, rows, spec)
+                table_rows = features(work.unit, rows, spec, output)
             with clock("write"):
                 writer.write(table_rows)
                 writer.reject(letters)
@@ -288,8 +288,8 @@ def has_words(caption: str | None) -> bool:
 # --- features -------------------------------------------------------------------------------------------------------
 
 
-def features(unit: Unit, rows: Sequence[Row], spec: TableSpec) -> pa.RecordBatch:
-    """The rows as the table holds them. What is derived is derived from the stored float16 vectors."""
+def features(unit: Unit, rows: Sequence[Row], spec: TableSpec, place: str = "") -> pa.RecordBatch:
+    """The rows as the table at `place` holds them. What is derived is derived from the stored float16 vectors."""
     schema, dim = features_schema(spec), spec.tower.embedding_dim
     samples = [row.sample for row in rows]
     has_image = np.array([row.image is not None for row in rows], bool)
@@ -305,14 +305,23 @@ def features(unit: Unit, rows: Sequence[Row], spec: TableSpec) -> pa.RecordBatch
     columns |= {"has_image": has_image, "has_text": has_text}
     columns["similarity"] = similarity(image, text, has_image & has_text)
     vectors = {"image_embedding": image, "text_embedding": text}
-    if spec.fuser:
-        fused, _ = fusers.from_spec(spec.fuser).fuse(image, text, has_image, has_text)
-        vectors["fused_embedding"] = fused.astype(np.float16)
+    vectors |= fused(image, text, has_image, has_text, spec, place)
     columns |= {name: table.to_arrow(matrix, schema.field(name).type) for name, matrix in vectors.items()}
     arrays = [
         value if isinstance(value := columns[item.name], pa.Array) else pa.array(value, item.type) for item in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def fused(
+    image: np.ndarray, text: np.ndarray, has_image: np.ndarray, has_text: np.ndarray, spec: TableSpec, place: str
+) -> dict[str, np.ndarray]:
+    """The columns, float16 [n, …], that the spec's fuser makes of stored vectors [n, D]; none without a fuser."""
+    if spec.fuser is None:
+        return {}
+    vectors, _, weights = fusers.from_spec(spec.fuser, place).explain(image, text, has_image, has_text)
+    columns = {"fused_embedding": vectors.astype(np.float16)}
+    return columns | ({WEIGHTS: weights.astype(np.float16)} if spec.fusion_weights else {})
 
 
 def _matrix(vectors: Sequence[np.ndarray | None], dim: int) -> np.ndarray:

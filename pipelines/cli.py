@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("embed", "retry", "index"):
+    if rest and args.command not in ("embed", "retry", "index", "fuse"):
         parser.error(f"{args.command} has no option {rest[0]}")
     _quieten()
     args.command_line = "fusion " + " ".join(arguments)
@@ -62,6 +62,7 @@ def _expected(error: Exception) -> int | None:
         "BadEvaluation",
         "BadLabels",
         "ServeError",
+        "TrainError",
     }
     return USAGE if type(error).__name__ in named else None
 
@@ -102,8 +103,10 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
 
     runner.check_beam_options(rest, vars(args))
     tower = _tower(args, table.read_spec(output))
-    fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
-    spec = table.claim(output, TableSpec(tower, inputs, fuser))
+    fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone) if args.fuser else None
+    spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
+    if fuser:
+        fusers.keep(fuser, output)
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
     if planned.work:
         _prepare(args)
@@ -159,16 +162,17 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     run = embed.run(job, planned, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
-    for failure in run.failures:
-        print(f"failed: {failure}", file=sys.stderr)
     if run.state == "failed":
-        print(
-            f"{run.units_failed} of {len(planned.work)} units failed; run the same command again to go on",
-            file=sys.stderr,
-        )
-        return FAILED
+        return _tell_failures(run, len(planned.work))
     report.write(feature_table, job.output, "Feature table", run)
     return _judge_dead_letters(feature_table, args.max_dead_letters)
+
+
+def _tell_failures(run: "RunRecord", units: int) -> int:
+    for failure in run.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    print(f"{run.units_failed} of {units} units failed; run the same command again to go on", file=sys.stderr)
+    return FAILED
 
 
 def _summarize(feature_table: "Table", run: "RunRecord") -> None:
@@ -395,6 +399,66 @@ def _eval(args: argparse.Namespace, _: list[str]) -> int:
     return evaluate.run(args)
 
 
+# --- fusers ---------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import files, fusers, table, training
+    from schemas.fuser import TrainJob
+
+    asked = {name: getattr(args, name) for name in TrainJob.__dataclass_fields__ if name != "kind"}
+    job = TrainJob(args.fuser, **asked)
+    training.check_job(job)
+    output = files.absolute(args.output)
+    training.check_output(output)
+    feature_table, views = table.Table.open(args.table), [table.Table.open(place) for place in args.views]
+
+    from fusion_core import towers
+
+    device = towers.pick_device(args.device)
+    with tqdm(unit=" epochs", disable=args.quiet or not sys.stderr.isatty()) as bar:
+
+        def epoch(number: int, epochs: int, loss: float, score: float) -> None:
+            bar.total = epochs
+            bar.set_postfix_str(f"loss {loss:.3f}, validation {score:.3f}")
+            bar.update(number - bar.n)
+
+        done = training.train(feature_table, job, views, args.triplets, args.labels, device, epoch)
+    fusers.save(done.fuser, output)
+    print(training.describe(done))
+    print(f"{output}: fuser {done.fuser.spec.type}, {done.fuser.spec.fingerprint[:16]}")
+    return DONE
+
+
+def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import replace
+
+    from fusion_core import files, fusers, report, table
+
+    source, output = table.Table.open(args.table), files.absolute(args.output)
+    if output == source.place:
+        raise table.TableError(f"--output {output} is the table that is read: name another place")
+    tower = source.spec.tower
+    fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone)
+    spec = replace(source.spec, fuser=fuser.spec, fusion_weights=args.weights)
+
+    from pipelines import fuse, runner
+
+    runner.check_beam_options(rest, vars(args))
+    spec = table.claim(output, spec)
+    fusers.keep(fuser, output)
+    knobs = runner.Knobs(workers=args.workers or 0, quiet=args.quiet)
+    run = fuse.run(fuse.FuseJob(source.place, source.spec, output, spec), source, knobs, args.command_line, rest)
+    fused = table.Table.open(output)
+    _summarize(fused, run)
+    if run.state == "failed":
+        return _tell_failures(run, run.units_done + run.units_failed)
+    report.write(fused, output, "Fused table", run)
+    return DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -404,6 +468,7 @@ def _demo(args: argparse.Namespace, _: list[str]) -> int:
 _COMMANDS = {
     "demo": _demo,
     "embed": _embed,
+    "fuse": _fuse,
     "status": _status,
     "retry": _retry,
     "verify": _verify,
@@ -414,6 +479,7 @@ _COMMANDS = {
     "label": _label,
     "caption": _caption,
     "serve": _serve,
+    "train": _train,
 }
 
 if __name__ == "__main__":

@@ -7,9 +7,26 @@ from schemas.columns import CaptionSpec
 from schemas.dedup import DedupSpec
 from schemas.evaluation import EvaluationSpec
 from schemas.feature_table import InputSpec
+from schemas.fuser import TrainJob
 from schemas.index import META
 
 _DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
+_TRAIN_DEFAULTS = {item.name: item.default for item in fields(TrainJob)}
+_TRAINING = {
+    "epochs": "passes over the rows, at most; 0 is 25, or as many as make 1,000 steps",
+    "patience": "passes without a better validation after which to stop; 0 is a quarter of all",
+    "batch_rows": "rows in a batch",
+    "learning_rate": "of AdamW, falling to 0 by a cosine",
+    "weight_decay": "of the matrices",
+    "modality_dropout": "share of training rows that lose one modality",
+    "label_weight": "of the labels' cross-entropy beside views or triplets",
+    "logit_adjustment": "for rare labels: times the log of a label's share, 1 is usual",
+    "coral": "weight of this distance between modalities as a regulariser",
+    "mmd": "weight of this distance between modalities as a regulariser",
+    "jsd": "weight of this distance between modalities as a regulariser",
+    "max_rows": "rows of TABLE that are used, drawn in row groups",
+    "seed": "of the split, the sample, the order and the start",
+}
 
 
 def build() -> argparse.ArgumentParser:
@@ -32,6 +49,8 @@ def build() -> argparse.ArgumentParser:
     _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
     _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
+    _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
+    _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
 
@@ -155,7 +174,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queries", metavar="FILE",
         help="many queries: a text on each line, or an object with text, image, vector, id, key, k, image_weight, "
-        "by_rank, where, collapse, diversity; answers are JSON lines with the number of the query's line",
+        "by_rank, by_score, where, collapse, diversity; answers are JSON lines with the number of the query's line",
     )  # fmt: skip
     parser.add_argument(
         "--image-weight",
@@ -164,8 +183,16 @@ def _search(parser: argparse.ArgumentParser) -> None:
         help="of the image, 0 to 1, when both are given (default: %(default)s)",
     )
     parser.add_argument(
+        "--fuser", default="", metavar="DIR|SPEC",
+        help="weighs text and image instead: a folder of `fusion train` whose space is the backbone's",
+    )  # fmt: skip
+    parser.add_argument(
         "--by-rank", action="store_true",
         help="search by text and by image and join the two rankings (reciprocal rank fusion), instead of weighing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--by-score", action="store_true",
+        help="the same, joining z-normed scores by --image-weight: neither decides by a wider spread of its scores",
     )  # fmt: skip
     parser.add_argument(
         "--where", metavar="CONDITION",
@@ -344,6 +371,70 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=positive, default=128, help="requests in progress; more get a 503 (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=seconds, default=10.0, help="seconds for a request (default: %(default)s)")
+
+
+def _fuse(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser. Nothing but TABLE "
+        "is read. Run it again to resume, or to follow TABLE where that has grown or changed."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--fuser", required=True, metavar="DIR|SPEC",
+        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="TABLE2", help="the new table's folder or URI")
+    parser.add_argument(
+        "--weights", action="store_true", help="also fusion_weights: how much image and text weighed in each row"
+    )
+    parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fits a fuser to the frozen embeddings of a table, from degraded views of its rows, from triplets or from "
+        "labels. On rows that were held out it is compared with the best single modality and the best weighted sum; "
+        "one that is not certain to beat both is marked as not promoted."
+    )
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the fuser's folder")
+    parser.add_argument(
+        "--fuser", default="combiner", metavar="TYPE", help="gate, gmu, combiner or attention (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--views", action="extend", nargs="+", default=[], metavar="TABLE",
+        help="tables of the same keys, from blurred or cropped images or from shortened captions: their rows are to "
+        "find the rows of TABLE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--triplets", default="", metavar="FILE",
+        help="CSV, JSONL or Parquet with query_image_key, query_text_key and target_key, all keys of TABLE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labels", default="", metavar="COLUMN|FILE",
+        help="a column of TABLE, meta.NAME for a field of its sidecars, or a CSV, JSONL or Parquet of key and label",
+    )  # fmt: skip
+    for name, what in _TRAINING.items():
+        default = _TRAIN_DEFAULTS[name]
+        kind = float if name == "modality_dropout" else type(default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N",
+            help=f"{what} (default: {'0.2 if any row lacks one, else 0' if default is None else default})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--target", default="image", choices=("image", "text"), help="what a query is to find (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loss",
+        default="info_nce",
+        choices=("info_nce", "siglip"),
+        help="of views and triplets (default: info_nce)",
+    )
+    parser.add_argument("--class-weights", action="store_true", help="rare labels count as much as frequent ones")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def seconds(text: str) -> float:

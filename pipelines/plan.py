@@ -47,7 +47,7 @@ def compare(
     planned = list(shards.plan(inputs, spec.input))
     _check_unique(planned)
     mine = [item for item in planned if zlib.crc32(item.id.encode()) % share[1] == share[0]]
-    stale = _unrecorded(lying, manifest)
+    stale = unrecorded(lying, manifest)
     work, skipped = [], 0
     for item in mine:
         record = manifest.by_unit.get(item.id)
@@ -72,7 +72,8 @@ def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str
     )
 
 
-def _unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list[str]]:
+def unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list[str]]:
+    """The parts that no record names, by the unit that left them."""
     recorded = {path for record in manifest.live for path in table.part_paths(record)}
     stale: dict[str, list[str]] = {}
     for path in sorted(set(lying) - recorded):

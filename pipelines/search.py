@@ -17,7 +17,7 @@ from fusion_core.search import BadQuery, Query, Searcher
 
 DONE, FAILED = 0, 1
 _AT_ONCE = 64  # queries answered together
-_HOW = ("k", "image_weight", "by_rank", "where", "collapse", "diversity")
+_HOW = ("k", "image_weight", "by_rank", "by_score", "where", "collapse", "diversity")
 _WHAT = ("text", "image", "key", "id")
 
 
@@ -32,6 +32,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     k: int | None = None
     image_weight: float | None = None
     by_rank: bool | None = None
+    by_score: bool | None = None
     where: str | None = None
     collapse: float | None = None
     diversity: float | None = None
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.queries and not Path(args.queries).exists():
         raise BadQuery(f"there is no file of queries {args.queries}")
     embeds = args.queries or args.text is not None or args.image is not None
-    searcher = search.open(args.index, args.device, args.pretrained, ahead=bool(embeds))
+    searcher = search.open(args.index, args.device, args.pretrained, args.fuser, ahead=bool(embeds))
     if args.queries:
         return _answer_file(args, searcher, how)
     found = searcher.answer([_query(what | how, searcher, args.allow_url)])[0]

@@ -106,6 +106,7 @@ class Ask(BaseModel):
     k: int = Field(default=10, ge=1, description="How many results")
     image_weight: float = Field(default=0.5, ge=0, le=1, description="Of the picture, where there is a text, too")
     by_rank: bool = Field(default=False, description="Fuse the rankings of picture and text instead of their vectors")
+    by_score: bool = Field(default=False, description="Fuse their scores, z-normed, by image_weight")
     where: str | None = Field(default=None, max_length=4_096, description="E.g. width >= 512")
     collapse: float | None = Field(
         default=None, gt=0, le=1, description="Leave out what is this similar to a better one"

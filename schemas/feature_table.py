@@ -13,6 +13,7 @@ from schemas.samples import Unit
 Precision = Literal["fp32", "bf16", "fp16"]
 
 EMBEDDINGS = ("image_embedding", "text_embedding", "fused_embedding")
+WEIGHTS = "fusion_weights"  # (image, text), together 1 where the row has either
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class TowerSpec:
     precision: Precision
     preprocess: Preprocess
 
+    @property
+    def backbone(self) -> str:
+        """SHA-256 (hex) over what makes vectors comparable: not where the towers lay, nor their precision."""
+        return records.fingerprint(replace(self, model="", pretrained="", precision="fp32"))
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -55,11 +61,15 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What a feature table holds (table.json). Two tables with one fingerprint hold the same kind of rows."""
+    """What a feature table holds (table.json). Two tables with one fingerprint hold the same kind of rows.
+
+    A trained fuser lies below the table, at `fusers/<the first 16 digits of its fingerprint>`.
+    """
 
     tower: TowerSpec
     input: InputSpec = InputSpec()
     fuser: FuserSpec | None = None
+    fusion_weights: bool = False  # since 1.1: a column says how much each modality weighed in a row
     schema_version: str = records.VERSION
 
     @property
@@ -70,7 +80,10 @@ class TableSpec:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over what decides the rows."""
-        return records.fingerprint(self.decisive)
+        decisive: dict[str, object] = msgspec.to_builtins(self.decisive)
+        if not self.fusion_weights:
+            del decisive["fusion_weights"]  # so that tables of 1.0 keep their fingerprint
+        return records.fingerprint(decisive)
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
@@ -103,6 +116,7 @@ class ManifestRecord(msgspec.Struct, frozen=True, gc=False):
     seconds: dict[str, float] = {}  # by stage; "unit" is the whole
     versions: dict[str, str] = {}
     finished_at: str = ""  # UTC, ISO 8601
+    source_sha256: str = ""  # since 1.1: of the other table's unit that `fusion fuse` made this one from
     schema_version: str = records.VERSION
 
 
@@ -135,6 +149,7 @@ def features_schema(spec: TableSpec) -> pa.Schema:
 
     dim = spec.tower.embedding_dim
     fused = [pa.field("fused_embedding", vector(spec.fuser.out_dim), nullable=False)] if spec.fuser else []
+    fused += [pa.field(WEIGHTS, vector(2), nullable=False)] if spec.fuser and spec.fusion_weights else []
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),

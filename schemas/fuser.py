@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from schemas import records
-
 Space = Literal["backbone", "own"]
 
 
@@ -30,7 +28,12 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class FuserRecord:
-    """A fuser directory's fuser.json."""
+    """A fuser directory's fuser.json.
+
+    In a record of a version that a reader knows, fields that it does not know are an error, not ignored. `promoted`
+    came with 1.1: whether a trained fuser beat the best single modality and the tuned weighted sum on held-out rows,
+    with an interval that excludes zero; None where nothing was measured.
+    """
 
     spec: FuserSpec
     in_dim: int
@@ -39,4 +42,28 @@ class FuserRecord:
     trained_on: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    schema_version: str = records.VERSION
+    promoted: bool | None = None
+    schema_version: str = "1.1"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What decides a trained fuser, beside the rows that it is trained on."""
+
+    kind: str = "combiner"
+    target: Literal["image", "text"] = "image"  # the column of whole rows that a fused query is to find
+    loss: Literal["info_nce", "siglip"] = "info_nce"
+    label_weight: float = 1.0  # of the cross-entropy of labels beside the contrastive loss
+    coral: float = 0.0  # of these distances between fused(image alone) and fused(text alone), as regularisers
+    mmd: float = 0.0
+    jsd: float = 0.0
+    modality_dropout: float | None = None  # share of rows that lose one; None: 0.2 if any row lacks one, else 0
+    class_weights: bool = False  # by inverse frequency
+    logit_adjustment: float = 0.0  # times the log of a class's share, added to its logit in training; 1 is usual
+    epochs: int = 0  # 0: 25, or as many as make 1,000 steps
+    patience: int = 0  # epochs without a better validation before training ends; 0: a quarter of all
+    batch_rows: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    max_rows: int = 1_000_000  # of the table, drawn in whole row groups
+    seed: int = 0

@@ -138,7 +138,8 @@ META = pa.schema(
 )
 
 # What a query answers: rows of META in the order of `rank`, which counts from 1: in falling score, but for a query that
-# asks for diversity. `score` is the cosine, or the sum of reciprocal ranks where two searches were joined by rank.
+# asks for diversity. `score` is the cosine or, where two searches were joined, the sum of their reciprocal ranks
+# (by_rank) or of their z-normed scores (by_score).
 ANSWER = pa.schema(
     [pa.field("rank", pa.int32(), nullable=False), pa.field("score", pa.float32(), nullable=False), *META]
 )

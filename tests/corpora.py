@@ -1,16 +1,18 @@
 """Small real corpora and tables for the tests."""
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fusion_core import table
+from fusion_core import fusers, table
 from schemas.feature_table import InputSpec, ManifestRecord, Preprocess, TableSpec, TowerSpec, features_schema
 from schemas.samples import DeadLetter, InputIdentity, Unit
 
@@ -103,6 +105,42 @@ def write_unit(
         out.write(toy_batch(rows, spec, unit.shard))
         out.reject(DeadLetter(f"k{row}", row, "decode", "CorruptImage", "broken on purpose") for row in dead)
         return out.commit()
+
+
+def write_vectors(
+    place: Path, image: np.ndarray, text: np.ndarray, spec: TableSpec, per_unit: int = 500, **columns: Any
+) -> table.Table:
+    """A table of these vectors [n, D], those of zeros being absent; `columns` are sequences of n values."""
+    table.claim(str(place), spec)
+    has = {"has_image": image.any(axis=1), "has_text": text.any(axis=1)}
+    for start in range(0, len(image), per_unit):
+        rows = slice(start, min(start + per_unit, len(image)))
+        unit = toy_unit(f"unit-{start:012d}", f"/data/{start:09d}.tar")
+        given = {name: value[rows] for name, value in (columns | has).items()}
+        given.setdefault("key", [f"k{row}" for row in range(start, rows.stop)])
+        given.setdefault("sha256", [hashlib.sha256(vector.tobytes()).digest() for vector in image[rows]])
+        for name, matrix in (("image_embedding", image), ("text_embedding", text)):
+            kind = features_schema(spec).field(name).type
+            given[name] = table.to_arrow(matrix[rows].astype(np.float16), kind)
+        with table.UnitWriter(str(place), spec, unit) as out:
+            out.write(toy_batch(range(rows.stop - start), spec, unit.shard, **given))
+            out.commit()
+    return table.Table.open(str(place))
+
+
+def untrained_fuser(kind: str, dim: int = 16, seed: int = 0, backbone: str = "b" * 64) -> fusers.Fuser:
+    """A fuser whose every tensor is random, so that no part of it does nothing."""
+    import torch
+
+    from fusion_core import fuser_nets
+
+    torch.manual_seed(seed)
+    params = fuser_nets.defaults(kind, dim)
+    net = fuser_nets.build(kind, dim, params)
+    with torch.no_grad():
+        for tensor in net.parameters():
+            tensor.add_(torch.randn_like(tensor) * 0.2)
+    return fusers.trained(kind, dim, params, net, backbone)
 
 
 def write_scene_index(folder: Path, scenes: int = 40) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from fusion_core.demo.scenes import HELD_OUT, Scene, caption, render, sample_scene
 
@@ -43,6 +43,7 @@ UNUSUAL = (
 """Samples that look odd and are fine: each becomes a feature row, the last two with one modality."""
 
 JPEG_QUALITY = 90
+BLUR_PIXELS = 4.0  # of a scene of 64
 ORIENTATION_TAG = 0x0112
 
 
@@ -65,6 +66,33 @@ def write_shards(directory: Path, pairs: int, per_shard: int, seed: int, broken:
         _write_tar(path, samples)
         paths.append(path)
     return paths
+
+
+def write_views(
+    directory: Path, pairs: int, per_shard: int, seed: int, blurred: float = 0.5, colourless: float = 0.5
+) -> list[Path]:
+    """The paths of shards with degraded views of the good samples that `write_shards` writes, under the same keys.
+
+    Every scene is drawn and described anew; a share `blurred` of the pictures cannot be read any more but for colours,
+    and a share `colourless` of the captions does not name them.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for shard, start in enumerate(range(0, pairs, per_shard)):
+        paths.append(directory / f"{shard:05d}.tar")
+        numbers = range(start, min(start + per_shard, pairs))
+        _write_tar(paths[-1], [(f"{i:09d}", _view(f"{i:09d}", seed, i, blurred, colourless)) for i in numbers])
+    return paths
+
+
+def _view(key: str, seed: int, number: int, blurred: float, colourless: float) -> Members:
+    scene = sample_scene(np.random.default_rng((seed, number)), held_out=None)
+    rng = np.random.default_rng((seed, number, 1))
+    image = render(scene, rng)
+    if rng.random() < blurred:
+        image = image.filter(ImageFilter.GaussianBlur(BLUR_PIXELS))
+    named = scene.fields - ({"colour"} if rng.random() < colourless else set())
+    return _members(key, scene, _jpeg(image), caption(scene, rng, named).text)
 
 
 def _insert(samples: list[tuple[str, Members]], kinds: tuple[str, ...], seed: int) -> None:

@@ -1,5 +1,7 @@
 """The fusers against a few lines of numpy in float64."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,22 @@ def test_tampered_folders_are_refused(tmp_path: Path) -> None:
     record.write_text("{")
     with pytest.raises(SchemaMismatch):
         fusers.parse(str(tmp_path), D)
+
+
+def test_formulas_do_not_open_torch() -> None:
+    code = (
+        "import sys, numpy as np\nfrom fusion_core import fusers\nthere = np.ones(1, bool)\n"
+        "fusers.parse('weighted_sum', 4).fuse(np.ones((1, 4)), np.ones((1, 4)), there, there)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_weights_of_a_formula_fall_to_what_is_there() -> None:
+    image, text, _, _ = random_rows(4)
+    has_image, has_text = np.array([True, True, False, False]), np.array([True, False, True, False])
+    _, _, weights = fusers.parse("weighted_sum:image=0.6,text=0.2", D).explain(image, text, has_image, has_text)
+    np.testing.assert_allclose(weights, [[0.75, 0.25], [1, 0], [0, 1], [0, 0]])
+    _, _, weights = fusers.parse("hadamard", D).explain(image, text, has_image, has_text)
+    np.testing.assert_allclose(weights, [[0.5, 0.5], [0, 0], [0, 0], [0, 0]])

@@ -360,6 +360,23 @@ def test_joined_by_rank_is_the_sum_of_reciprocal_ranks(by_image: Searcher, pictu
     assert by_image.search(words, k=5, by_rank=True).equals(by_image.search(words, k=5))  # there is but one ranking
 
 
+def test_joined_by_score_is_the_weighted_sum_of_z_normed_scores(
+    by_image: Searcher, pictures: Pictures, demo: Towers
+) -> None:
+    data, words = pictures.encoded[3], "a green square"
+    assert data is not None
+    total = np.zeros(ROWS)
+    for query, weight in ((demo.embed_texts([words])[0], 0.7), (embed_image(demo, data), 0.3)):
+        ids, scores = ranking(query, pictures.image, int(pictures.has_image.sum()))
+        total[ids] += weight * (scores - scores.mean()) / scores.std()
+    total[~pictures.has_image] = -np.inf
+    expected = np.argsort(-total, kind="stable")[:12]
+    found = by_image.search(words, data, k=12, by_score=True, image_weight=0.3)
+    assert found["id"].to_pylist() == expected.tolist()
+    np.testing.assert_allclose(found["score"].to_numpy(), total[expected], atol=1e-4)
+    assert by_image.search(words, data, k=5, by_score=True, diversity=0.5).num_rows == 5
+
+
 def test_collapsed_answers_are_no_closer_to_each_other(by_image: Searcher, pictures: Pictures, demo: Towers) -> None:
     vectors, query = stored(pictures.image), demo.embed_texts(["a red circle"])[0]
     ids, scores = ranking(query, pictures.image, int(pictures.has_image.sum()))
@@ -446,6 +463,7 @@ def test_answers_are_rearranged_among_the_best_candidates_only(
         ({"text": "x", "k": 2.5}, "k must be a whole number, got 2.5"),
         ({"text": "x", "k": True}, "k must be a whole number"),
         ({"text": "x", "by_rank": 1}, "by_rank must be true or false"),
+        ({"text": "x", "by_rank": True, "by_score": True}, "joined by_rank or by_score, not by both"),
         ({"text": "x", "collapse": 1.5}, "collapse must lie between 0 and 1"),
         ({"text": "x", "collapse": "0.5"}, "collapse must be a number"),
         ({"text": "x", "diversity": float("nan")}, "diversity must lie between 0 and 1"),

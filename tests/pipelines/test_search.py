@@ -47,7 +47,19 @@ def search(place: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_defaults_are_those_of_a_query() -> None:
     args = options.build().parse_args(["search", "x"])
-    for name in ("text", "image", "id", "key", "k", "image_weight", "by_rank", "where", "collapse", "diversity"):
+    for name in (
+        "text",
+        "image",
+        "id",
+        "key",
+        "k",
+        "image_weight",
+        "by_rank",
+        "by_score",
+        "where",
+        "collapse",
+        "diversity",
+    ):
         assert getattr(args, name) == getattr(Query(), name), name
 
 

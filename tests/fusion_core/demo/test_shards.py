@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from fusion_core.demo.scenes import Scene
-from fusion_core.demo.shards import BROKEN, UNUSUAL, write_shards
+from fusion_core.demo.scenes import COLOURS, Scene
+from fusion_core.demo.shards import BROKEN, UNUSUAL, write_shards, write_views
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +138,18 @@ def test_samples_of_one_modality_lack_the_other(members: dict[str, bytes]) -> No
 def test_sizes_below_one_are_refused(tmp_path: Path, pairs: int, per_shard: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         write_shards(tmp_path, pairs, per_shard, seed=0)
+
+
+def test_views_have_the_keys_and_scenes_of_the_good_samples(tmp_path: Path) -> None:
+    whole = dict(_members(write_shards(tmp_path / "whole", 120, 50, seed=3, broken=False)))
+    views = dict(_members(write_views(tmp_path / "views", 120, 50, seed=3)))
+    assert views == dict(_members(write_views(tmp_path / "again", 120, 50, seed=3)))
+    assert views.keys() == whole.keys()
+    assert all(views[name] == whole[name] for name in whole if name.endswith(".json"))
+    assert all(views[name] != whole[name] for name in whole if name.endswith(".jpg"))
+    words = (*COLOURS, "violet")
+    silent = sum(not any(word in views[name].decode() for word in words) for name in views if name.endswith(".txt"))
+    blurred = sum(len(views[name]) < 0.9 * len(whole[name]) for name in views if name.endswith(".jpg"))
+    assert 40 < silent < 80 and 40 < blurred < 80
+    clear = write_views(tmp_path / "clear", 30, 50, seed=3, blurred=0, colourless=0)
+    assert all(any(w in text.decode() for w in words) for name, text in _members(clear) if name.endswith(".txt"))

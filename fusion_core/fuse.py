@@ -1,0 +1,73 @@
+"""A table fused anew: one unit of it, row for row, from its stored embeddings. No picture and no caption is read."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+
+from fusion_core import table, unit
+from fusion_core.table import ROW_GROUP_ROWS, Table
+from schemas.feature_table import ManifestRecord, TableSpec, features_schema
+from schemas.samples import DeadLetter
+
+
+@dataclass(frozen=True)
+class FuseWork:
+    """A unit to fuse: its record in the table that it is read from, and what stands where it is written to."""
+
+    source: ManifestRecord
+    work: unit.Work
+
+
+def fuse_unit(
+    item: FuseWork, source: Table, output: str, spec: TableSpec, done: Callable[[int], None] = lambda n: None
+) -> ManifestRecord:
+    """Writes one unit into the table at `output`, whose fuser lies there, and returns its record.
+
+    Rows, their order and dead letters are those of `source`. Raises OSError, SchemaMismatch and FuserError.
+    """
+    clock, started = unit.Clock(), time.perf_counter()
+    of_unit = Table(source.place, source.spec, (item.source,))
+    with table.UnitWriter(output, spec, item.work.unit, item.work.previous, item.work.stale) as writer:
+        for rows in clock.each("read", of_unit.scan(batch_rows=ROW_GROUP_ROWS)):
+            with clock("fuse"):
+                fused = fuse_rows(rows, spec, output)
+            with clock("write"):
+                writer.write(fused)
+            done(rows.num_rows)
+        writer.reject(_letters(of_unit))
+        with clock("write"):
+            return writer.commit(
+                rows_reused=item.source.rows_out,
+                source_sha256=source_sha256(item.source),
+                seconds={**clock.seconds, "unit": time.perf_counter() - started},
+                versions=unit.versions(),
+                finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+
+
+def fuse_rows(rows: pa.RecordBatch, spec: TableSpec, place: str) -> pa.RecordBatch:
+    """Feature rows with the columns that the spec's fuser makes of them, in place of those they had."""
+    schema = features_schema(spec)
+    image, text = (table.to_numpy(rows[name]) for name in ("image_embedding", "text_embedding"))
+    has_image, has_text = (np.asarray(rows[f"has_{side}"].to_numpy(zero_copy_only=False)) for side in ("image", "text"))
+    fused = unit.fused(image, text, has_image, has_text, spec, place)
+    made = {name: table.to_arrow(matrix, schema.field(name).type) for name, matrix in fused.items()}
+    return pa.RecordBatch.from_arrays(
+        [made[name] if name in made else rows[name] for name in schema.names], schema=schema
+    )
+
+
+def source_sha256(record: ManifestRecord) -> str:
+    """What tells whether a unit of the source is still what it was: SHA-256 (hex) over its parts' own."""
+    parts = [part.sha256 if part else "" for part in (record.features, record.dead_letters)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _letters(of_unit: Table) -> Iterator[DeadLetter]:
+    for row in of_unit.dead_letters().drop(["shard"]).to_pylist():
+        yield DeadLetter(**row)

@@ -1,0 +1,582 @@
+"""Trains a fuser on the frozen columns of a feature table, and tells whether it is worth having.
+
+What there is to learn from: degraded views (a table of the same keys, whose rows should find the whole ones), triplets
+(an image and a text that ask for a third row), or labels. Rows are split by the content of their pictures, so that
+copies never straddle; everything that is reported is of rows that were not trained on.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fusion_core import decisions, files, fusers
+from fusion_core.examples import TEST, TRAIN, VALIDATION, Bools, Examples, Floats, Ids, TrainError, gather
+from fusion_core.table import Table
+from schemas import records
+from schemas.fuser import TrainJob
+
+LEAST_ROWS = 50  # for each of training, validation and test
+
+_EPOCHS, _STEPS = 25, 1_000  # of a training that is not told how many: what a table of 20,000 rows has in 25
+_JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
+_PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
+_WATCHED_ROWS = 2_000  # at most, after each epoch
+_RESAMPLES = 2_000
+_KS = (1, 5, 10)
+_WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
+_ONE_THREAD_DIM = 256  # small products are slower in many threads
+_SIDES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a fuser does on held-out rows, beside what it must beat."""
+
+    task: str  # "retrieval" or "labels"
+    n: int
+    figures: dict[str, dict[str, float]]  # by system, by measure
+    best_single: str
+    tuned_sum: str
+    differences: dict[str, tuple[float, float, float]]  # of the measure, fuser minus each: mean and 95 % interval
+    distances: dict[str, float]  # between the modalities: CORAL, MMD, JSD
+
+    @property
+    def measure(self) -> str:
+        """What is compared."""
+        return "R@1" if self.task == "retrieval" else "accuracy"
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the fuser beats the best single modality and the tuned sum for certain."""
+        return all(low > 0 for _, low, _ in self.differences.values())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fuser and how it came about."""
+
+    fuser: fusers.Fuser
+    reports: tuple[Report, ...]
+    rows: dict[str, int]  # "table", "used", "train", "validation", "test"
+    epochs: int
+
+    @property
+    def promoted(self) -> bool:
+        """Whether it is on every task."""
+        return all(report.promoted for report in self.reports)
+
+
+def train(
+    table: Table,
+    job: TrainJob,
+    views: Sequence[Table] = (),
+    triplets: str = "",
+    labels: str = "",
+    device: str = "cpu",
+    epoch: Callable[[int, int, float, float], None] = lambda n, of, loss, score: None,
+) -> Trained:
+    """Trains a fuser of `table`'s embeddings and judges it on held-out rows; `epoch` hears of each epoch's end.
+
+    `views`: tables whose rows are degraded forms of the rows of the same key. `triplets`: a file of keys. `labels`: a
+    column (`meta.NAME` for a field of the sidecar), or a file of key and label. Raises TrainError.
+    """
+    check_job(job)
+    examples = gather(table, job, views, triplets, labels)
+    parts = examples.split(job.seed)
+    usable = examples.has_image | examples.has_text
+    usable &= examples.has_target[examples.row] if examples.contrastive else examples.label[examples.row] >= 0
+    chosen = [np.flatnonzero((parts == part) & usable) for part in (TRAIN, VALIDATION, TEST)]
+    counts = dict(zip(("train", "validation", "test"), map(len, chosen), strict=True))
+    if min(counts.values()) < LEAST_ROWS:
+        raise TrainError(f"{counts} rows: at least {LEAST_ROWS} of each are needed: embed more, of different content")
+    labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
+    if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
+        raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")
+    net, epochs = fit(examples, chosen[TRAIN], chosen[VALIDATION], job, device, epoch)
+    fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.tower.backbone)
+    judged = [_some(rows, _JUDGED_ROWS, job.seed) for rows in chosen]
+    reports = []
+    if examples.contrastive:
+        reports.append(judge_retrieval(examples, judged[VALIDATION], judged[TEST], fuser, job))
+    if examples.classes:
+        most = (_PROBED_ROWS, _JUDGED_ROWS, _JUDGED_ROWS)
+        some = [_some(rows, n, job.seed) for rows, n in zip(labelled, most, strict=True)]
+        reports.append(judge_labels(examples, some, fuser, job))
+    used = {"table": table.num_rows, "used": len(examples.targets), **counts}
+    done = Trained(fuser, tuple(reports), used, epochs)
+    told = {
+        "table": table.place,
+        "table_fingerprint": table.spec.fingerprint,
+        "parts": records.fingerprint([part.sha256 for part in table.parts]),
+        "supervision": examples.told,
+        "rows": msgspec.json.encode(used).decode(),
+        "split": f"by content hash, 70/10/20 %, seed {job.seed}",
+        "objective": msgspec.json.encode(asdict(job)).decode(),
+        "epochs": str(epochs),
+    }
+    named = fusers.with_record(fuser, trained_on=told, metrics=_metrics(reports), promoted=done.promoted)
+    return replace(done, fuser=named)
+
+
+def _metrics(reports: Sequence[Report]) -> dict[str, float]:
+    """The reports' numbers by path, as a fuser's record holds them."""
+    found: dict[str, float] = {}
+    for report in reports:
+        for system, named in report.figures.items():
+            found |= {f"{report.task}/{system}/{name}": round(value, 6) for name, value in named.items()}
+        for against, values in report.differences.items():
+            path = f"{report.task}/{report.measure} minus {against}"
+            found |= {f"{path}/{name}": round(v, 6) for name, v in zip(("mean", "low", "high"), values, strict=True)}
+        found |= {f"{report.task}/distance/{name}": value for name, value in report.distances.items()}
+    return found
+
+
+def check_job(job: TrainJob) -> None:
+    """Raises TrainError for a job that cannot be done."""
+    if job.kind not in fusers.TRAINED:
+        raise TrainError(f"no trained fuser {job.kind!r}; there are {', '.join(fusers.TRAINED)}")
+    for name, known in (("target", _SIDES), ("loss", ("info_nce", "siglip"))):
+        if getattr(job, name) not in known:
+            raise TrainError(f"{name} must be one of {', '.join(known)}, not {getattr(job, name)!r}")
+    for name in ("label_weight", "coral", "mmd", "jsd", "logit_adjustment", "weight_decay"):
+        if not 0 <= getattr(job, name) < math.inf:
+            raise TrainError(f"{name} must be a number from 0 on, not {getattr(job, name)}")
+    if job.modality_dropout is not None and not 0 <= job.modality_dropout < 1:
+        raise TrainError(f"modality_dropout must lie from 0 to below 1, not {job.modality_dropout}")
+    if job.seed < 0:
+        raise TrainError(f"seed must be a number from 0 on, not {job.seed}")
+    for name, least in (("epochs", 0), ("patience", 0), ("max_rows", 1)):
+        if getattr(job, name) < least:
+            raise TrainError(f"{name} must be at least {least}, not {getattr(job, name)}")
+    if job.batch_rows < 2 or not 0 < job.learning_rate < math.inf:
+        raise TrainError(f"expected 2 rows in a batch and a learning rate above 0, not {job}")
+
+
+def check_output(place: str) -> None:
+    """Raises TrainError where a fuser's folder would get among other files."""
+    strangers = [entry.place for entry in files.list_files(place)]
+    if strangers and files.stat(files.join(place, fusers.RECORD)) is None:
+        raise TrainError(f"{place} holds files but no {fusers.RECORD} (e.g. {strangers[0]}): name an empty folder")
+
+
+# --- fitting
+
+
+def _some(rows: Ids, most: int, seed: int) -> Ids:
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def _params(job: TrainJob, dim: int) -> dict[str, float]:
+    from fusion_core import fuser_nets
+
+    params = fuser_nets.defaults(job.kind, dim)
+    if wrong := fuser_nets.wrong_params(job.kind, dim, params):
+        raise TrainError(f"a fuser {job.kind} has {wrong}")
+    return params
+
+
+def fit(
+    examples: Examples,
+    train_rows: Ids,
+    watched_rows: Ids,
+    job: TrainJob,
+    device: str,
+    epoch: Callable[[int, int, float, float], None],
+) -> tuple[Any, int]:
+    """The network (on the CPU) of the best epoch by validation, and how many epochs there were."""
+    import torch
+
+    from fusion_core import fuser_nets
+
+    with torch.random.fork_rng([] if device == "cpu" else None), _threads(examples.dim):
+        torch.manual_seed(job.seed)
+        net = fuser_nets.build(job.kind, examples.dim, _params(job, examples.dim)).to(device)
+        objective = _Objective(examples, train_rows, job, device)
+        learned = [*net.parameters(), *objective.parameters()]
+        matrices = [p for p in learned if p.ndim > 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": job.weight_decay},
+             {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}],
+            lr=job.learning_rate,
+        )  # fmt: skip
+        batches = max(1, len(train_rows) // job.batch_rows)
+        epochs = job.epochs or max(_EPOCHS, -(-_STEPS // batches))
+        patience = job.patience or max(1, epochs // 4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+        rng = np.random.default_rng(job.seed)
+        watched = _some(watched_rows, _WATCHED_ROWS, job.seed)
+        best, best_score, since, done = net.state_dict(), -math.inf, 0, 0
+        for done in range(1, epochs + 1):
+            total = 0.0
+            for rows in np.array_split(rng.permutation(train_rows), batches):
+                loss = objective.loss(net, rows, rng)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach())
+            score = objective.score(net, watched)
+            epoch(done, epochs, total / batches, score)
+            since += 1
+            if score > best_score:
+                best, best_score, since = {k: v.detach().clone() for k, v in net.state_dict().items()}, score, 0
+            if since >= patience:
+                break
+        net.load_state_dict(best)
+        return net.to("cpu").eval(), done
+
+
+@contextmanager
+def _threads(dim: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if dim <= _ONE_THREAD_DIM else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Objective:
+    """What a batch costs, and how good a network is on rows that it is not trained on."""
+
+    def __init__(self, examples: Examples, train_rows: Ids, job: TrainJob, device: str):
+        import torch
+
+        self._examples, self._job, self._device = examples, job, device
+        start = (10.0, -10.0) if job.loss == "siglip" else (1 / 0.07, 0.0)
+        self._log_scale = torch.nn.Parameter(torch.tensor(math.log(start[0]), device=device))
+        self._bias = torch.nn.Parameter(torch.tensor(start[1], device=device))
+        lacking = not (examples.has_image.all() and examples.has_text.all())
+        self._dropout = (0.2 if lacking else 0.0) if job.modality_dropout is None else job.modality_dropout
+        self._head: Any = None
+        if examples.classes:
+            self._head = torch.nn.Linear(examples.dim, len(examples.classes), device=device)
+            counts = np.bincount(_known(examples.label[examples.row[train_rows]]), minlength=len(examples.classes))
+            share = torch.tensor(np.maximum(counts, 1) / max(1, counts.sum()), dtype=torch.float32, device=device)
+            self._log_share = share.log()
+            self._class_weights = 1 / (share * len(examples.classes)) if job.class_weights else None
+
+    def parameters(self) -> list[Any]:
+        """What is learned beside the network."""
+        found = [self._log_scale] if self._examples.contrastive else []
+        found += [self._bias] if self._examples.contrastive and self._job.loss == "siglip" else []
+        return found + (list(self._head.parameters()) if self._head is not None else [])
+
+    def loss(self, net: Any, rows: Ids, rng: np.random.Generator) -> Any:
+        """The loss of a batch of examples."""
+        import torch
+
+        from fusion_core import losses
+
+        job, examples = self._job, self._examples
+        has = [examples.has_image[rows], examples.has_text[rows]]
+        if self._dropout:
+            both, side = has[0] & has[1], rng.random(len(rows)) < 0.5
+            loses = both & (rng.random(len(rows)) < self._dropout)
+            has = [has[0] & ~(loses & side), has[1] & ~(loses & ~side)]
+        image, text = self._tensor(examples.image[rows]), self._tensor(examples.text[rows])
+        flags = [torch.from_numpy(flag).to(self._device) for flag in has]
+        fused, _ = net(image, text, *flags)
+        total = fused.new_zeros(())
+        own = examples.row[rows]
+        targets = None
+        if examples.contrastive:
+            targets = self._targets(net, own)
+            groups = examples.group[own].astype(np.int64)
+            codes = [np.unique(groups, return_inverse=True)[1], examples.caption[own]]
+            same = losses.same_content(*(torch.from_numpy(code).to(self._device) for code in codes))
+            scale = self._log_scale.exp().clamp(max=losses.LARGEST_SCALE)
+            if job.loss == "siglip":
+                total = total + losses.siglip(fused, targets, scale, self._bias, same)
+            else:
+                total = total + losses.info_nce(fused, targets, scale, same)
+        if self._head is not None:
+            total = total + (job.label_weight if examples.contrastive else 1.0) * self._label_loss(fused, own)
+        if job.coral or job.mmd or job.jsd:
+            total = total + self._regularised(net, image, text, has[0] & has[1], targets)
+        return total
+
+    def _label_loss(self, fused: Any, own: Ids) -> Any:
+        import torch
+
+        label = torch.from_numpy(self._examples.label[own]).to(self._device)
+        if not bool((label >= 0).any()):
+            return fused.new_zeros(())
+        logits = self._logits(fused) + self._job.logit_adjustment * self._log_share
+        return torch.nn.functional.cross_entropy(logits, label, self._class_weights, ignore_index=-1)
+
+    def _logits(self, fused: Any) -> Any:
+        return self._head(fused * self._examples.dim**0.5)
+
+    def _regularised(self, net: Any, image: Any, text: Any, both: Bools, targets: Any) -> Any:
+        import torch
+
+        from fusion_core import losses
+
+        rows = torch.from_numpy(np.flatnonzero(both)).to(self._device)
+        if len(rows) < 2:
+            return image.new_zeros(())
+        there, absent = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=torch.bool)
+        x, _ = net(image[rows], text[rows], there, absent)
+        y, _ = net(image[rows], text[rows], absent, there)
+        anchors = (targets if targets is not None else torch.cat([x, y])).detach()
+        job = self._job
+        return job.coral * losses.coral(x, y) + job.mmd * losses.mmd(x, y) + job.jsd * losses.jsd(x, y, anchors)
+
+    def _targets(self, net: Any, own: Ids) -> Any:
+        """What queries are to find: the column's vectors; through the fuser, too, where that has a space of its own."""
+        import torch
+
+        target = torch.nn.functional.normalize(self._tensor(self._examples.targets[own]), dim=1)
+        if fusers.TRAINED[self._job.kind] == "backbone":
+            return target
+        there = torch.ones(len(own), dtype=torch.bool, device=self._device)
+        flags = (there, ~there) if self._job.target == "image" else (~there, there)
+        return net(target, target, *flags)[0]
+
+    def _tensor(self, vectors: Floats) -> Any:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(vectors)).to(self._device).float()
+
+    def score(self, net: Any, rows: Ids) -> float:
+        """Mean reciprocal rank on these examples, or accuracy where there are labels only."""
+        import torch
+
+        examples = self._examples
+        with torch.inference_mode():
+            flags = [torch.from_numpy(flag[rows]).to(self._device) for flag in (examples.has_image, examples.has_text)]
+            fused, _ = net(self._tensor(examples.image[rows]), self._tensor(examples.text[rows]), *flags)
+            if not examples.contrastive:
+                label = examples.label[examples.row[rows]]
+                return float((self._logits(fused).argmax(1).cpu().numpy() == label).mean())
+            gallery, own = _gallery(examples, rows)
+            targets = self._targets(net, gallery).cpu().numpy()
+            return float((1 / ranks(fused.cpu().numpy(), targets, own)).mean())
+
+
+def _known(labels: Ids) -> Ids:
+    return labels[labels >= 0]
+
+
+# --- judging
+
+
+def ranks(queries: Floats, gallery: Floats, own: Ids) -> Ids:
+    """The rank, from 1, of gallery row `own[i]` for query i by inner product; ties count against it.
+
+    A query that is all zero or not finite finds nothing: it ranks last.
+    """
+    found = np.full(len(queries), len(gallery), np.int64)
+    for start in range(0, len(queries), 1024):
+        block = queries[start : start + 1024].astype(np.float32)
+        scores = block @ gallery.astype(np.float32).T
+        mine = scores[np.arange(len(block)), own[start : start + 1024]][:, None]
+        valid = np.isfinite(block).all(axis=1) & block.any(axis=1)
+        found[start : start + 1024] = np.where(valid, (~(scores < mine)).sum(axis=1), len(gallery))
+    return found
+
+
+def _gallery(examples: Examples, rows: Ids) -> tuple[Ids, Ids]:
+    """The rows to be found by these examples, one for each content, and which of them is each example's."""
+    own = examples.row[rows]
+    _, first, place = np.unique(examples.group[own], return_index=True, return_inverse=True)
+    return own[first], place.astype(np.int64)
+
+
+def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fusers.Fuser, job: TrainJob) -> Report:
+    """Each system's queries against the same gallery of whole rows, one for each content."""
+
+    def found(rows: Ids, system: fusers.Fuser | None, side: str = "") -> Ids:
+        gallery, own = _gallery(examples, rows)
+        targets = fusers.normalize(examples.targets[gallery])
+        if system is None:
+            has = getattr(examples, f"has_{side}")[rows]
+            return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, side)[rows]), 0), targets, own)
+        if system.spec.space == "own":
+            there = np.ones(len(gallery), bool)
+            flags = (there, ~there) if job.target == "image" else (~there, there)
+            targets, _ = system.fuse(targets, targets, *flags)
+        return ranks(_fused(examples, rows, system), targets, own)
+
+    sums = {weight: _sum(weight, examples.dim) for weight in _WEIGHTS}
+    tuned = max(_WEIGHTS, key=lambda weight: (1 / found(validation, sums[weight])).mean())
+    single = max(_SIDES, key=lambda side: (1 / found(validation, None, side)).mean())
+    sum_name = f"weighted sum, image {tuned:g}"
+    by_system = {f"{side} only": found(test, None, side) for side in _SIDES}
+    by_system |= {sum_name: found(test, sums[tuned]), job.kind: found(test, fuser)}
+    figures = {
+        name: {**{f"R@{k}": float((place <= k).mean()) for k in _KS}, "MRR": float((1 / place).mean())}
+        for name, place in by_system.items()
+    }
+    group = examples.group[examples.row[test]]
+    hits = {name: (place <= 1).astype(np.float64) for name, place in by_system.items()}
+    best = f"{single} only"
+    gaps = {name: bootstrap(hits[job.kind] - hits[name], group, job.seed) for name in dict.fromkeys((best, sum_name))}
+    return Report("retrieval", len(test), figures, best, sum_name, gaps, distances(examples, test, fuser))
+
+
+def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser, job: TrainJob) -> Report:
+    """A linear probe on each system's vectors, fitted on the training rows; and both modalities' probes averaged."""
+    labels = [examples.label[examples.row[rows]] for rows in chosen]
+
+    def probed(features: Callable[[Ids], Floats]) -> list[Floats]:
+        """Probabilities of validation and test rows; NaN where a row has no vector."""
+        given = [features(rows) for rows in chosen]
+        there: list[Any] = [some.any(axis=1) for some in given]
+        found = _probe(given[0][there[0]], labels[0][there[0]], given[1:], len(examples.classes), job)
+        return [np.where(there[i + 1][:, None], part, np.nan) for i, part in enumerate(found)]
+
+    def accuracy(probabilities: Floats, part: int) -> Floats:
+        guess: Ids = np.nan_to_num(probabilities, nan=-1).argmax(axis=1)
+        right: Bools = (guess == labels[part]) & ~np.isnan(probabilities).any(axis=1)
+        return right.astype(np.float64)
+
+    def side_only(side: str) -> Callable[[Ids], Floats]:
+        has = getattr(examples, f"has_{side}")
+        return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
+
+    singles = {side: probed(side_only(side)) for side in _SIDES}
+    sums = {w: probed(lambda rows, w=w: _fused(examples, rows, _sum(w, examples.dim))) for w in (0.25, 0.5, 0.75)}  # type: ignore[misc]
+    sums |= {1.0: singles["image"], 0.0: singles["text"]}
+    tuned = max(sums, key=lambda weight: accuracy(sums[weight][0], VALIDATION).mean())
+    mixes = {
+        w: [decisions.class_probabilities([singles["image"][i], singles["text"][i]], [w, 1 - w]) for i in (0, 1)]
+        for w in (0.25, 0.5, 0.75)
+    }
+    mixed = max(mixes, key=lambda weight: accuracy(mixes[weight][0], VALIDATION).mean())
+    single = max(_SIDES, key=lambda side: accuracy(singles[side][0], VALIDATION).mean())
+    sum_name, best = f"weighted sum, image {tuned:g}", f"{single} only"
+    concat = fusers.create("concat", {}, examples.dim)
+    by_system = {f"{side} only": singles[side][1] for side in _SIDES} | {
+        f"probabilities, image {mixed:g}": mixes[mixed][1],
+        sum_name: sums[tuned][1],
+        "concat": probed(lambda rows: _fused(examples, rows, concat))[1],
+        job.kind: probed(lambda rows: _fused(examples, rows, fuser))[1],
+    }
+    right = {name: accuracy(found, TEST) for name, found in by_system.items()}
+    figures = {
+        name: {"accuracy": float(right[name].mean()), "macro recall": _macro_recall(right[name], labels[TEST])}
+        for name in by_system
+    }
+    group = examples.group[examples.row[chosen[TEST]]]
+    gaps = {name: bootstrap(right[job.kind] - right[name], group, job.seed) for name in dict.fromkeys((best, sum_name))}
+    return Report("labels", len(chosen[TEST]), figures, best, sum_name, gaps, distances(examples, chosen[TEST], fuser))
+
+
+def bootstrap(differences: Floats, group: Any, seed: int) -> tuple[float, float, float]:
+    """Mean and 95 % interval of paired differences, by drawing whole groups (a content and its copies) anew."""
+    _, place = np.unique(group, return_inverse=True)
+    sums, counts = np.bincount(place, differences), np.bincount(place)
+    rng = np.random.default_rng(seed)
+    means = np.empty(_RESAMPLES)
+    for i in range(_RESAMPLES):
+        drawn = rng.integers(0, len(sums), len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(np.mean(differences)), float(low), float(high)
+
+
+def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, float]:
+    """How far apart the modalities are, as they come and as the fuser gives each alone, on rows that have both."""
+    import torch
+
+    from fusion_core import losses
+
+    both = rows[examples.has_image[rows] & examples.has_text[rows]][:_WATCHED_ROWS]
+    if len(both) < 2:
+        return {}
+    there = np.ones(len(both), bool)
+    image, text = examples.image[both], examples.text[both]
+    pairs = {
+        "columns": (fusers.normalize(image), fusers.normalize(text)),
+        "fused": (fuser.fuse(image, text, there, ~there)[0], fuser.fuse(image, text, ~there, there)[0]),
+    }
+    found: dict[str, float] = {}
+    for name, arrays in pairs.items():
+        x, y = (torch.from_numpy(array).double() for array in arrays)
+        measured = {"CORAL": losses.coral(x, y), "relative CORAL": losses.relative_coral(x, y)}
+        measured |= {"MMD": losses.mmd(x, y), "JSD": losses.jsd(x, y, torch.cat([x, y]))}
+        found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in measured.items()}
+    return found
+
+
+def _fused(examples: Examples, rows: Ids, system: fusers.Fuser) -> Floats:
+    slots = (examples.image[rows], examples.text[rows], examples.has_image[rows], examples.has_text[rows])
+    return system.fuse(*slots)[0]
+
+
+def _sum(weight: float, dim: int) -> fusers.Fuser:
+    return fusers.create("weighted_sum", {"image": weight, "text": 1 - weight}, dim)
+
+
+def _probe(features: Floats, labels: Ids, others: Sequence[Floats], classes: int, job: TrainJob) -> list[Floats]:
+    """The probabilities [n, C] that a logistic regression on features and labels gives to other features."""
+    import torch
+
+    with _threads(features.shape[1]):
+        scale = features.shape[1] ** 0.5
+        x, y = torch.from_numpy(features * np.float32(scale)), torch.from_numpy(labels)
+        weight = torch.zeros(features.shape[1], classes, requires_grad=True)
+        bias = torch.zeros(classes, requires_grad=True)
+        share = np.maximum(np.bincount(labels, minlength=classes), 1) / len(labels)
+        balance = torch.tensor(1 / (share * classes), dtype=torch.float32) if job.class_weights else None
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def cost() -> Any:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(x @ weight + bias, y, balance)
+            loss = loss + weight.square().sum() / (2 * len(labels))
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(cost)  # type: ignore[no-untyped-call]
+        with torch.inference_mode():
+            return [
+                (torch.from_numpy(other * np.float32(scale)) @ weight + bias).softmax(dim=1).numpy() for other in others
+            ]
+
+
+def _macro_recall(right: Floats, labels: Ids) -> float:
+    counts = np.bincount(labels)
+    return float((np.bincount(labels, right)[counts > 0] / counts[counts > 0]).mean())
+
+
+def describe(trained: Trained) -> str:
+    """The outcome in words: each system's figures, the differences, and whether the fuser is worth having."""
+    rows, lines = trained.rows, []
+    lines.append(
+        f"{rows['used']:,} of {rows['table']:,} rows; examples: {rows['train']:,} for training, {rows['validation']:,} "
+        f"for validation, {rows['test']:,} for these figures (copies of a picture together); {trained.epochs} epochs"
+    )
+    for report in trained.reports:
+        names = list(next(iter(report.figures.values())))
+        width = max(map(len, report.figures))
+        lines.append(f"{report.task + f' (n={report.n:,})':<{width}}" + "".join(f"{name:>14}" for name in names))
+        for system, named in report.figures.items():
+            lines.append(f"{system:<{width}}" + "".join(f"{100 * named[name]:>14.1f}" for name in names))
+        for against, (mean, low, high) in report.differences.items():
+            lines.append(
+                f"{list(report.figures)[-1]} minus {against}: {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] "
+                f"points of {report.measure} (paired bootstrap, 95 %)"
+            )
+        lines += [f"between the modalities: {name} {value:g}" for name, value in report.distances.items()]
+    lines.append("promoted" if trained.promoted else _not_promoted(trained))
+    return "\n".join(lines)
+
+
+def _not_promoted(trained: Trained) -> str:
+    beaten = [
+        against for report in trained.reports for against, (_, low, _) in report.differences.items() if not low > 0
+    ]
+    return f"not promoted: it is not certain to beat {' and '.join(dict.fromkeys(beaten))}; use that instead"
