@@ -14,7 +14,7 @@ run)
     gcloud dataflow flex-template run "fusion-embed-$(date -u +%Y%m%d-%H%M%S)" --project "$PROJECT" --region "$REGION" \
         --template-file-gcs-location "$BUCKET/templates/fusion-embed.json" \
         --parameters "input=${INPUT:-$BUCKET/shards/*.tar},output=${OUTPUT:-$BUCKET/table}" \
-        --parameters "model=${MODEL:-ViT-B-32},pretrained=${PRETRAINED:-laion2b_s34b_b79k},device=cuda" \
+        --parameters "model=${MODEL:-ViT-B-32},pretrained=${PRETRAINED:-laion2b_s34b_b79k},precision=${PRECISION:-bf16}" \
         --parameters "sdk_container_image=$IMAGE" --max-workers "${WORKERS:-8}" \
         --worker-machine-type "${MACHINE:-g2-standard-8}" \
         --additional-experiments no_use_multiple_sdk_containers \
