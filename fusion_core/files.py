@@ -39,7 +39,7 @@ class BadPlace(ValueError):
     """A place that cannot be used, and why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file as a listing shows it."""
 
@@ -143,7 +143,8 @@ def list_files(folder: str, recursive: bool = False) -> list[Entry]:
         for info in filesystem.get_file_info(selector)
         if info.type == pafs.FileType.File and not _hidden(info.path[below:])
     ]
-    return sorted(entries, key=lambda entry: entry.place)
+    entries.sort(key=lambda entry: entry.place)
+    return entries
 
 
 def open_input(place: str) -> BinaryIO:
