@@ -11,6 +11,7 @@ expression says of the same; `÷` is simulation ÷ formula.
 import argparse
 import heapq
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,18 +92,26 @@ def simulate(given: Assumptions, units: int, workers: int, shares: bool, seed: i
         return float(ends.max()), wasted
     free = [(0.0, worker) for worker in range(workers)]
     deaths = rng.exponential(given.hours_between_deaths * 3600, workers)
+    waiting = deque((float(seconds), 0.0) for seconds in times)  # and since when: what was lost is dealt again
     end = wasted = 0.0
-    for seconds in times:
+    while waiting:
+        seconds, since = waiting.popleft()
         now, worker = heapq.heappop(free)
-        while rng.random() < given.failures:  # done again, by whoever
+        now = max(now, since)
+        if deaths[worker] < now + seconds:
+            ended = max(now, deaths[worker])
+            wasted += ended - now + given.restart_seconds
+            waiting.append((seconds, ended))
+            deaths[worker] = ended + given.restart_seconds + rng.exponential(given.hours_between_deaths * 3600)
+            heapq.heappush(free, (ended + given.restart_seconds, worker))
+        elif rng.random() < given.failures:
             lost = rng.random() * seconds
-            now, wasted = now + lost, wasted + lost
-        while now + seconds > deaths[worker]:  # what it had begun is lost with it
-            lost = max(0.0, deaths[worker] - now) + given.restart_seconds
-            now, wasted = now + lost, wasted + lost
-            deaths[worker] = now + rng.exponential(given.hours_between_deaths * 3600)
-        heapq.heappush(free, (now + seconds, worker))
-        end = max(end, now + seconds)
+            wasted += lost
+            waiting.append((seconds, now + lost))
+            heapq.heappush(free, (now + lost, worker))
+        else:
+            heapq.heappush(free, (now + seconds, worker))
+            end = max(end, now + seconds)
     return end, wasted
 
 
