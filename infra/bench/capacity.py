@@ -41,8 +41,8 @@ class Assumptions:
     restart_seconds: float = 180.0  # until its place is taken: container, imports, model
     row_bytes: int = 2_300  # of ViT-B-32: two float16 vectors of 512, and the other columns
     index_bytes: int = 140  # a vector: 128 bytes of code, its id, its lists
-    record_bytes: int = 330  # of a unit in a compacted manifest
-    plan_bytes: int = 1_500  # of a unit in the launcher's memory while it plans
+    record_bytes: int = 150  # of a unit in a compacted manifest
+    plan_bytes: int = 1_900  # of a unit in the launcher's memory while it plans
 
     @property
     def rate(self) -> float:
