@@ -136,19 +136,13 @@ def is_folder(place: str) -> bool:
 def list_files(folder: str, recursive: bool = False) -> list[Entry]:
     """The files of a folder sorted by place; an absent folder has none. Hidden names (leading dot) are passed over."""
     filesystem, root = resolve(folder)
+    selector = pafs.FileSelector(root, recursive=recursive, allow_not_found=True)
     below = len(root.rstrip("/")) + 1
-    at_once = recursive and not is_local(folder)  # a store lists keys; a disk's folders, one by one, need less memory
-    entries, folders = [], [root]
-    while folders:
-        selector = pafs.FileSelector(folders.pop(), recursive=at_once, allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
-            name = info.path[below:]
-            if _hidden(name):
-                continue
-            if info.type == pafs.FileType.File:
-                entries.append(_entry(join(folder, name), info))
-            elif recursive and not at_once and info.type == pafs.FileType.Directory:
-                folders.append(info.path)
+    entries = [
+        _entry(join(folder, info.path[below:]), info)
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File and not _hidden(info.path[below:])
+    ]
     entries.sort(key=lambda entry: entry.place)
     return entries
 
