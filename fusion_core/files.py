@@ -1,17 +1,22 @@
 """The one door to storage: local paths and object-store URIs, through pyarrow.fs.
 
-A place is a string: a local path or a URI (`s3://bucket/dir`, `gs://…`). Files become visible whole or not at all:
-locally by a temporary name, fsync and rename; on an object store because a PUT is atomic.
+A place is a string: a local path or a URI (`s3://bucket/dir`, `gs://…`), whose path is the object's key as it is:
+nothing in it is escaped and it has no options. Credentials, region and endpoint come from the environment or from the
+store's own configuration files (for S3 `AWS_ENDPOINT_URL`, `AWS_PROFILE`, …), never from a place, because places are
+recorded. Files become visible whole or not at all: locally by a temporary name, fsync and rename; on an object store
+because a PUT is atomic.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,9 +24,22 @@ import pyarrow.fs as pafs
 
 TEMPORARY = ".tmp"  # below a table or index; never looked into by a reader
 _STALE_SECONDS = 24 * 3600
+_UPLOAD = "fusion-upload-"  # begins the name of what waits on this machine to be sent to a store
+_BLOCK_BYTES = 8 << 20  # of what goes over a network: each block costs a round trip
+
+# A user with a password, whatever stands in it; but not a port, or an @ in a path.
+_CREDENTIALS = re.compile(
+    r"(?<![\w+.-])([\w+.-]+://)"
+    r"(?:(?<=s3://)(?:[^\s/:@]*:\S*|[^\s/@]+)|(?<!s3://)[^\s/:@]*:(?!\d+(?:[/\s]|$))\S*)@"
+)
+_SECRET_OPTION = re.compile(r"(?i)([?&][\w-]*(?:secret|password|token|key|signature|sig|credential)[\w-]*=)[^\s&]+")
 
 
-@dataclass(frozen=True)
+class BadPlace(ValueError):
+    """A place that cannot be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file as a listing shows it."""
 
@@ -42,20 +60,52 @@ def join(place: str, *names: str) -> str:
 
 def absolute(place: str) -> str:
     """The place in the one form that is stored: an absolute path, or the URI as it is."""
+    _check_no_credentials(place)
     if place.startswith("file://"):
         place = place[len("file://") :]
     return os.path.abspath(os.path.expanduser(place)) if is_local(place) else place.rstrip("/")
 
 
+def redacted(text: str) -> str:
+    """The text with the credentials in its URIs replaced by `***`."""
+    return _SECRET_OPTION.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
+
+
+def _check_no_credentials(place: str) -> None:
+    if not is_local(place) and redacted(place) != place:
+        raise BadPlace(
+            f"{redacted(place)}: a place is recorded and shown, so it must not hold credentials: set them in the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, …)"
+        )
+
+
 def resolve(place: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a place and the path in it; raises ValueError for a scheme unknown to pyarrow."""
+    """The pyarrow filesystem of a place and the path in it.
+
+    Raises BadPlace for a scheme unknown to pyarrow, and for a URI that holds credentials.
+    """
     if is_local(place):
-        return pafs.LocalFileSystem(), place
+        return _LOCAL, place
+    _check_no_credentials(place)
+    scheme, _, rest = place.partition("://")
+    store, _, path = rest.partition("/")
+    filesystem, root = _store(f"{scheme}://{store}/")
+    return filesystem, f"{root.rstrip('/')}/{path}" if path else root
+
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+@lru_cache(maxsize=64)  # a new client costs connections, and a look-up of its bucket's region
+def _store(root: str) -> tuple[Any, str]:
     try:
-        filesystem, path = pafs.FileSystem.from_uri(place)
+        if root.startswith(
+            "s3://"
+        ):  # without it the object is begun before its size is known: 3 requests in place of 1
+            return cast(tuple[Any, str], pafs.FileSystem.from_uri(f"{root}?allow_delayed_open=true"))
+        return cast(tuple[Any, str], pafs.FileSystem.from_uri(root))
     except Exception as error:
-        raise ValueError(f"cannot use {place!r}: {error}") from error
-    return filesystem, path
+        raise BadPlace(f"cannot use {root!r}: {error}") from error
 
 
 def stat(place: str) -> Entry | None:
@@ -69,11 +119,8 @@ def stat_many(places: list[str]) -> list[Entry | None]:
     """`stat` of many places on one filesystem, in their order."""
     if not places:
         return []
-    filesystem, path = resolve(places[0])
-    scheme = places[0].removesuffix(path)  # resolving a URI makes a new client, so it is done once
-    infos = filesystem.get_file_info(
-        [place.removeprefix(scheme) if place.startswith(scheme) else resolve(place)[1] for place in places]
-    )
+    filesystem = resolve(places[0])[0]
+    infos = filesystem.get_file_info([resolve(place)[1] for place in places])
     return [
         _entry(place, info) if info.type == pafs.FileType.File else None
         for place, info in zip(places, infos, strict=True)
@@ -96,7 +143,8 @@ def list_files(folder: str, recursive: bool = False) -> list[Entry]:
         for info in filesystem.get_file_info(selector)
         if info.type == pafs.FileType.File and not _hidden(info.path[below:])
     ]
-    return sorted(entries, key=lambda entry: entry.place)
+    entries.sort(key=lambda entry: entry.place)
+    return entries
 
 
 def open_input(place: str) -> BinaryIO:
@@ -133,14 +181,17 @@ def fetch_url(url: str, max_bytes: int, timeout_seconds: float = 20) -> bytes:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"it takes longer than {timeout_seconds:g} s")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"cannot fetch {url}: {error}") from error
+        raise OSError(f"cannot fetch {redacted(url)}: {error}") from error
     return bytes(data)
 
 
 def sha256(place: str) -> str:
     """SHA-256 (hex) of the file's bytes."""
+    digest = hashlib.sha256()
     with open_input(place) as stream:
-        return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_bytes(folder: str, name: str, data: bytes) -> None:
@@ -170,12 +221,13 @@ class PendingFile:
 
     def __init__(self, folder: str):
         self._folder = folder
+        name = f"{os.getpid()}-{uuid.uuid4().hex}"
         if is_local(folder):
             scratch = Path(folder) / TEMPORARY
             scratch.mkdir(parents=True, exist_ok=True)
+            self.path = scratch / name
         else:
-            scratch = Path(tempfile.gettempdir())
-        self.path = scratch / f"{os.getpid()}-{uuid.uuid4().hex}"
+            self.path = Path(tempfile.gettempdir()) / f"{_UPLOAD}{name}"
         self._stream = open(self.path, "xb")  # noqa: SIM115 (closed by close)
         self._hash = hashlib.sha256()
         self.size_bytes = 0
@@ -233,29 +285,32 @@ class PendingFile:
 
 
 def remove_stale_temporaries(folder: str) -> int:
-    """Deletes temporary files below `folder` that no living job can own any more (a day old); returns how many."""
-    if not is_local(folder):
-        return 0
+    """Deletes temporary files for `folder` that no living job can own any more (a day old); returns how many.
+
+    On an object store what is unfinished is invisible; what waited here to be sent there is looked through instead.
+    """
     removed = 0
-    for path in _temporaries(Path(folder)):
+    for path in _temporaries(folder):
         try:
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()
                 removed += 1
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # another launcher was quicker, or it is another user's
             continue
     return removed
 
 
-def _temporaries(folder: Path) -> Iterator[Path]:
-    scratch = folder / TEMPORARY
+def _temporaries(folder: str) -> Iterator[Path]:
+    if not is_local(folder):
+        return Path(tempfile.gettempdir()).glob(f"{_UPLOAD}*")
+    scratch = Path(folder) / TEMPORARY
     return scratch.iterdir() if scratch.is_dir() else iter(())
 
 
 def _upload(path: Path, place: str) -> None:
     filesystem, target = resolve(place)
     with open(path, "rb") as source, filesystem.open_output_stream(target) as sink:
-        shutil.copyfileobj(source, sink, 8 << 20)
+        shutil.copyfileobj(source, sink, _BLOCK_BYTES)
 
 
 def _sync(path: Path) -> None:

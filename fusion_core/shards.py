@@ -52,7 +52,9 @@ def plan(patterns: Sequence[str], spec: InputSpec, unit_rows: int = 10_000) -> I
         except UnicodeDecodeError as error:
             raise InputError(f"{pattern!r}: a file name that is not UTF-8 ({error.object!r}): rename it") from error
         except ValueError as error:  # an unknown scheme, unbalanced braces
-            raise error if isinstance(error, InputError) else InputError(f"{pattern!r}: {error}") from error
+            raise (
+                error if isinstance(error, InputError) else InputError(f"{files.redacted(pattern)!r}: {error}")
+            ) from error
     return _Planner(found, spec, unit_rows).units()
 
 

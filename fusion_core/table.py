@@ -7,9 +7,11 @@ dies half-way leaves at most files that no record names, and repeating a unit is
 import contextlib
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -87,12 +89,16 @@ class Manifest:
         return tuple(sorted(alive, key=lambda record: (record.unit.shard, record.unit.start, record.unit.id)))
 
 
-def read_manifest(place: str) -> Manifest:
-    """The manifest of the table at `place`, also while jobs write to it."""
+def read_manifest(place: str, brief: bool = False) -> Manifest:
+    """The manifest of the table at `place`, also while jobs write to it.
+
+    `brief`: the records without what their units cost and which versions made them: half of what a million records
+    would hold in memory, and nothing that a launcher asks about.
+    """
     before = _manifest_files(place)
     for _ in range(_LISTING_TRIES):
         with contextlib.suppress(FileNotFoundError):
-            manifest = _read_listing(before)
+            manifest = _read_listing(before, brief)
             after = _manifest_files(place)
             if _nothing_moved(before, after):
                 return manifest
@@ -139,11 +145,11 @@ def _manifest_files(place: str) -> list[files.Entry]:
     return [entry for entry in entries if entry.place.endswith((".json", ".parquet"))]
 
 
-def _read_listing(entries: Iterable[files.Entry]) -> Manifest:
+def _read_listing(entries: Iterable[files.Entry], brief: bool = False) -> Manifest:
     by_unit: dict[str, ManifestRecord] = {}
     damaged = []
     with ThreadPoolExecutor(8) as pool:
-        for place, found in pool.map(_read_records, (entry.place for entry in entries)):
+        for place, found in pool.map(partial(_read_records, brief=brief), (entry.place for entry in entries)):
             if found is None:
                 damaged.append(place)
                 continue
@@ -154,17 +160,34 @@ def _read_listing(entries: Iterable[files.Entry]) -> Manifest:
     return Manifest(by_unit, tuple(damaged))
 
 
-def _read_records(place: str) -> tuple[str, list[ManifestRecord] | None]:
+def _read_records(place: str, brief: bool) -> tuple[str, list[ManifestRecord] | None]:
     """The records of one manifest file; None when it is damaged. Another schema version is an error, not damage."""
     data = files.read_bytes(place)
     try:
         if place.endswith(".json"):
             msgspec.json.decode(data)  # tells damage from another version
-            return place, [records.from_json(ManifestRecord, data, place)]
-        blobs = pq.read_table(pa.BufferReader(data), columns=["record"])["record"]
-        return place, [records.from_json(ManifestRecord, blob, place) for blob in blobs.to_pylist()]
+            blobs: Iterator[bytes] = iter([data])
+        else:
+            batches = pq.ParquetFile(pa.BufferReader(data)).iter_batches(8192, columns=["record"])
+            blobs = itertools.chain.from_iterable(batch["record"].to_pylist() for batch in batches)
+        found = (records.from_json(ManifestRecord, blob, place) for blob in blobs)
+        return place, [_brief(record) for record in found] if brief else list(found)
     except (msgspec.DecodeError, pa.ArrowException, OSError):
         return place, None
+
+
+_NOTHING: dict[str, Any] = {}  # one for all
+
+
+def _brief(record: ManifestRecord) -> ManifestRecord:
+    return msgspec.structs.replace(
+        record,
+        spec_fingerprint=sys.intern(record.spec_fingerprint),
+        errors=record.errors or _NOTHING,
+        seconds=_NOTHING,
+        versions=_NOTHING,
+        finished_at="",
+    )
 
 
 # --- writing one unit -----------------------------------------------------------------------------------------------

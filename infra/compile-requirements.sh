@@ -9,3 +9,4 @@ compile() {
 }
 compile --extra test --output-file infra/requirements-test.txt
 compile --extra eval --extra serve --constraint infra/requirements-test.txt --output-file infra/requirements.txt
+compile --extra dataflow --constraint infra/requirements-test.txt --output-file infra/requirements-dataflow.txt

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command not in ("embed", "retry", "index", "fuse"):
         parser.error(f"{args.command} has no option {rest[0]}")
     _quieten()
-    args.command_line = "fusion " + " ".join(arguments)
+    args.arguments = arguments
     try:
         return _COMMANDS[args.command](args, rest)
     except KeyboardInterrupt:
@@ -43,11 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _recorded(arguments: Sequence[str]) -> str:
+    """The command line as a run's record keeps it: without what is secret in it."""
+    from fusion_core import files
+
+    secret, shown = False, []
+    for argument in arguments:
+        name, given, _ = argument.partition("=")
+        is_secret = name.startswith("--") and any(word in name for word in ("secret", "token", "password"))
+        shown.append("***" if secret else f"{name}=***" if is_secret and given else files.redacted(argument))
+        secret = is_secret and not given
+    return " ".join(("fusion", *shown))
+
+
 def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
     if isinstance(error, OSError):
         return FAILED
     named = {
+        "BadPlace",
         "InputError",
         "TowerError",
         "TableError",
@@ -159,7 +173,7 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
     if planned.work and embed.runs_apart(knobs) and not any(option.startswith("--runner") for option in rest):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
-    run = embed.run(job, planned, knobs, args.command_line, rest)
+    run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
     if run.state == "failed":

@@ -137,7 +137,7 @@ def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequenc
     pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
     pipeline.run().wait_until_finish()
     told = progress.take_failures()
-    manifest = table.read_manifest(job.output)
+    manifest = table.read_manifest(job.output, brief=True)
     missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work)]
     return [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 

@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusion_core import files, shards, table, unit
@@ -40,23 +40,27 @@ def compare(
     `share`: (index, number) of this launcher among several on one table. `redo_dead`: units with dead letters are
     worked on again even where their input is what it was.
     """
-    manifest = table.read_manifest(output)
+    manifest = table.read_manifest(output, brief=True)
     for path in manifest.damaged:
         LOG.warning("%s is damaged: the units it recorded are done again", path)
     lying = table.list_parts(output)
-    planned = list(shards.plan(inputs, spec.input))
-    _check_unique(planned)
-    mine = [item for item in planned if zlib.crc32(item.id.encode()) % share[1] == share[0]]
     stale = unrecorded(lying, manifest)
-    work, skipped = [], 0
-    for item in mine:
+    planned: dict[str, str] = {}  # a unit's shard; a million units are looked at one by one, not held
+    work, litter, skipped = [], list[str](), 0
+    for item in shards.plan(inputs, spec.input):
+        if item.id in planned:
+            raise shards.InputError(f"{item.shard} and {planned[item.id]} have the same unit id {item.id}: rename one")
+        planned[item.id] = item.shard
+        if zlib.crc32(item.id.encode()) % share[1] != share[0]:
+            continue
         record = manifest.by_unit.get(item.id)
         if record and _stands(record, item, spec, lying) and not (redo_dead and record.rows_dead):
             skipped += 1
-            for path in stale.get(item.id, ()):  # left by a run that died after its record was written
-                files.remove(files.join(output, path))
+            litter += stale.get(item.id, ())  # left by a run that died after its record was written
         else:
             work.append(unit.Work(item, record, tuple(stale.get(item.id, ()))))
+    for path in litter:
+        files.remove(files.join(output, path))
     work.sort(key=lambda work: (-(work.unit.rows or 0), -work.unit.identity.size_bytes, work.unit.id))
     return Plan(tuple(work), _gone(manifest, planned), skipped)
 
@@ -74,27 +78,17 @@ def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str
 
 def unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list[str]]:
     """The parts that no record names, by the unit that left them."""
-    recorded = {path for record in manifest.live for path in table.part_paths(record)}
+    live = (record for record in manifest.by_unit.values() if not record.removed)
+    recorded = {path for record in live for path in table.part_paths(record)}
     stale: dict[str, list[str]] = {}
-    for path in sorted(set(lying) - recorded):
+    for path in sorted(path for path in lying if path not in recorded):
         stale.setdefault(table.unit_of_part(path), []).append(path)
     return stale
 
 
-def _gone(manifest: table.Manifest, planned: Iterable[Unit]) -> tuple[ManifestRecord, ...]:
+def _gone(manifest: table.Manifest, planned: Mapping[str, str]) -> tuple[ManifestRecord, ...]:
     """Records of units that their shard, being planned anew, does not have any more."""
-    shards_planned = {item.shard for item in planned}
-    units_planned = {item.id for item in planned}
+    shards_planned = set(planned.values())
     return tuple(
-        record
-        for record in manifest.live
-        if record.unit.shard in shards_planned and record.unit.id not in units_planned
+        record for record in manifest.live if record.unit.shard in shards_planned and record.unit.id not in planned
     )
-
-
-def _check_unique(planned: Sequence[Unit]) -> None:
-    seen: dict[str, str] = {}
-    for item in planned:
-        if item.id in seen:
-            raise shards.InputError(f"{item.shard} and {seen[item.id]} have the same unit id {item.id}: rename one")
-        seen[item.id] = item.shard

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,17 @@ from fusion_core import towers, unit
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_PAUSES_SECONDS = (1.0, 5.0)  # before a unit is tried again because storage failed
+_LASTING = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 _READY, _END = "are you ready?", "end"
 _LOCK = threading.Lock()
 _IDLE: list["Worker"] = []
@@ -125,12 +137,25 @@ def prepare() -> None:
 
 
 def attempt(order: Order, model: towers.Towers, done: Callable[[int], None]) -> ManifestRecord | Failure:
-    """Runs a unit in this process: its record, or why it failed."""
-    try:
-        return unit.run_unit(order.work, order.output, order.spec, model, order.batch or model.batch, done)
-    except Exception as error:
-        trace = "" if isinstance(error, OSError) else traceback.format_exc()
-        return Failure(_explain(order.work.unit.shard, error), trace)
+    """Runs a unit in this process: its record, or why it failed, tried again while storage may only have stumbled."""
+    told = 0
+
+    def count(n: int) -> None:
+        nonlocal told
+        told += n
+        done(n)
+
+    for pause in (*_PAUSES_SECONDS, None):
+        try:
+            return unit.run_unit(order.work, order.output, order.spec, model, order.batch or model.batch, count)
+        except Exception as error:
+            if pause is None or not isinstance(error, OSError) or error.errno in _LASTING:
+                trace = "" if isinstance(error, OSError) else traceback.format_exc()
+                return Failure(_explain(order.work.unit.shard, error), trace)
+        done(-told)  # those samples are to come again
+        told = 0
+        time.sleep(pause)
+    raise AssertionError("the last attempt returns")
 
 
 def _explain(shard: str, error: Exception) -> str:

@@ -283,3 +283,18 @@ def test_pandas_duckdb_polars_datasets_and_pyarrow_open_the_features(tmp_path: P
     loaded = datasets.load_dataset("parquet", data_dir=folder, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.num_rows == 65
     np.testing.assert_array_equal(np.array(loaded[64]["image_embedding"], np.float32), vector)
+
+
+def test_a_brief_manifest_lacks_only_what_units_cost(tmp_path: Path) -> None:
+    for number in range(3):
+        record = write_unit(tmp_path, toy_unit(f"u{number}"), range(4), [3])
+        cost = {"seconds": {"unit": 1.5}, "versions": {"python": "3"}, "finished_at": "2026-11-21T00:00:00+00:00"}
+        table.write_record(str(tmp_path), msgspec.structs.replace(record, **cost))
+    full = table.read_manifest(str(tmp_path))
+    for _ in range(2):  # of single records, and of a snapshot
+        brief = table.read_manifest(str(tmp_path), brief=True)
+        assert brief.by_unit.keys() == full.by_unit.keys()
+        for unit, record in full.by_unit.items():
+            assert record.seconds and record.versions
+            assert brief.by_unit[unit] == msgspec.structs.replace(record, seconds={}, versions={}, finished_at="")
+        table.compact(str(tmp_path))

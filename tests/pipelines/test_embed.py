@@ -21,7 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from safetensors.numpy import load_file, save_file
 
 from fusion_core import files, table, towers
-from pipelines import cli, embed, plan, runner
+from pipelines import cli, embed, plan, runner, workers
 from schemas.feature_table import TableSpec
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
@@ -155,6 +155,7 @@ def test_a_unit_that_fails_does_not_take_its_neighbours_along(
         return real(place)  # type: ignore[return-value]
 
     monkeypatch.setattr(files, "open_input", open_input)
+    monkeypatch.setattr(workers, "_PAUSES_SECONDS", (0.0, 0.0))
     assert run("--workers", "1") == 1
     said = capsys.readouterr()
     assert "00001.tar: OSError: [Errno 5] Input/output error" in said.err
