@@ -399,7 +399,7 @@ def _eval(args: argparse.Namespace, _: list[str]) -> int:
 
     place = files.absolute(args.place)
     is_index = files.stat(files.join(place, "index.json")) is not None
-    asked = {word.partition("=")[0] for word in args.command_line.split() if word.startswith("--")}
+    asked = {word.partition("=")[0] for word in args.arguments if word.startswith("--")}
     if wrong := sorted(asked & (options.EVAL_TABLE if is_index else options.EVAL_INDEX)):
         kind, other = ("an index", "a table") if is_index else ("a table", "an index")
         print(f"fusion eval: {place} is {kind}: {wrong[0]} is for {other}", file=sys.stderr)
@@ -464,7 +464,9 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     spec = table.claim(output, spec)
     fusers.keep(fuser, output)
     knobs = runner.Knobs(workers=args.workers or 0, quiet=args.quiet)
-    run = fuse.run(fuse.FuseJob(source.place, source.spec, output, spec), source, knobs, args.command_line, rest)
+    run = fuse.run(
+        fuse.FuseJob(source.place, source.spec, output, spec), source, knobs, _recorded(args.arguments), rest
+    )
     fused = table.Table.open(output)
     _summarize(fused, run)
     if run.state == "failed":

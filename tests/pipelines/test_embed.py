@@ -133,7 +133,7 @@ def test_new_changed_and_vanished_parts_are_done_and_nothing_else(
 
 
 def test_the_table_does_not_depend_on_workers_or_launchers(tmp_path: Path, run: Run) -> None:
-    corpus(tmp_path, shards=5, each=12)
+    corpus(tmp_path, shards=12, each=5)  # so many that neither launcher is left without any
     assert run("--workers", "1", output="one") == 0
     assert run("--workers", "3", output="three") == 0
     for share in range(2):
