@@ -342,6 +342,15 @@ def write_record(place: str, record: ManifestRecord) -> None:
     files.write_bytes(place, f"manifest/{record.unit.id}.json", records.to_json(record))
 
 
+def read_record(place: str, unit: str) -> ManifestRecord | None:
+    """The record of a unit that was written since the last compaction; None where there is none, or a damaged one."""
+    try:
+        _, found = _read_records(files.join(place, f"manifest/{unit}.json"))
+    except FileNotFoundError:
+        return None
+    return found[0] if found else None
+
+
 def remove_unit(place: str, record: ManifestRecord) -> None:
     """Takes a unit out of the table, record first."""
     gone = msgspec.structs.replace(

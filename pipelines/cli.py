@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error).__name__ == "RunnerError":
         return FAILED
     named = {
         "InputError",
@@ -98,17 +98,17 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import embed, plan, runner
 
     runner.check_beam_options(rest, vars(args))
-    tower = _tower(args, table.read_spec(output))
+    tower = _tower(args, table.read_spec(output), rest)
     fuser = fusers.parse(args.fuser, tower.embedding_dim).spec if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser))
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
     if planned.work:
-        _prepare(args)
+        _prepare(args, rest)
         towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
 
 
-def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec":
+def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
     """The spec of the towers that are asked for; those of a table that stands are not loaded before there is work."""
     from fusion_core import towers
 
@@ -117,15 +117,15 @@ def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec
         precision = existing.tower.precision  # a scheduled run may land on another machine
         if towers.are_unchanged(existing.tower, args.model, args.pretrained):
             return existing.tower
-    _prepare(args)
+    _prepare(args, rest)
     return towers.load(args.model, args.pretrained, args.device, precision).spec
 
 
-def _prepare(args: argparse.Namespace) -> None:
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
     """Has the workers' imports made beside those of this process."""
-    from pipelines import workers
+    from pipelines import runner, workers
 
-    if args.workers != 1 and not args.device.startswith("cuda"):
+    if runner.is_local(rest) and args.workers != 1 and not args.device.startswith("cuda"):
         workers.prepare()
 
 
@@ -140,7 +140,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     if not broken:
         print(f"{feature_table.place}: no dead letters")
         return DONE
-    _prepare(args)
+    _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
     planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
     return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
@@ -150,8 +150,8 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     from fusion_core import report, table
     from pipelines import embed, runner, workers
 
-    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
-    if planned.work and embed.runs_apart(knobs) and not any(option.startswith("--runner") for option in rest):
+    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
+    if planned.work and embed.runs_apart(knobs):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, args.command_line, rest)
     feature_table = table.Table.open(job.output)

@@ -16,9 +16,9 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, table, towers, unit
-from pipelines import progress, workers
+from pipelines import progress, runner, workers
 from pipelines.plan import Plan
-from pipelines.runner import Knobs, local_runner
+from pipelines.runner import Knobs
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 
 _LOG = logging.getLogger("fusion.unit")
@@ -44,8 +44,8 @@ class Outcome(NamedTuple):
 
 
 def runs_apart(knobs: Knobs) -> bool:
-    """Whether units run in processes of their own: several at once, on a CPU."""
-    return knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
+    """Whether units run in processes of their own: several at once, on a CPU; a cluster has its own worker processes."""
+    return knobs.local and knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
 
 
 class RunUnit(beam.DoFn):  # type: ignore[misc]
@@ -64,7 +64,12 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:
-        """Runs one unit."""
+        """Runs one unit; not one that is done already: a cluster gives all of a bundle again to whoever takes it over."""
+        recorded = table.read_record(self._job.output, work.unit.id)
+        if recorded and _done(recorded, work):
+            Metrics.counter(_NAMESPACE, "units_done_before").inc()
+            yield Outcome(work.unit.id, recorded.rows_in, recorded.rows_out, recorded.rows_dead)
+            return
         result = self._run(workers.Order(work, self._job.output, self._job.spec, self._knobs.batch))
         if isinstance(result, workers.Failure):
             _LOG.error("unit %s failed: %s\n%s", work.unit.id, result.why, result.trace)
@@ -132,10 +137,10 @@ def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequenc
 
     The manifest has the last word on what was done, whatever the workers said.
     """
-    options = PipelineOptions([*local_runner(knobs, beam_options), *beam_options])
+    options = PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options])
     pipeline = beam.Pipeline(options=options)
     pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
-    pipeline.run().wait_until_finish()
+    runner.run(pipeline, beam_options)
     told = progress.take_failures()
     manifest = table.read_manifest(job.output)
     missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work)]
