@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def runs_apart(knobs: Knobs) -> bool:
-    """Whether units run in processes of their own: several at once, on a CPU; a cluster has its own worker processes."""
+    """Whether units run in processes of their own: several at once, on a CPU, where no cluster has its own."""
     return knobs.local and knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
 
 
@@ -64,7 +64,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:
-        """Runs one unit; not one that is done already: a cluster gives all of a bundle again to whoever takes it over."""
+        """Runs one unit; not one that is done: a cluster gives a lost worker's units, all of them, to the next."""
         recorded = table.read_record(self._job.output, work.unit.id)
         if recorded and _done(recorded, work):
             Metrics.counter(_NAMESPACE, "units_done_before").inc()

@@ -68,7 +68,8 @@ def run(pipeline: beam.Pipeline, beam_options: Sequence[str]) -> None:
         result.wait_until_finish()
     except KeyboardInterrupt:
         with suppress(Exception):  # a cluster that is gone has nothing to cancel
-            result.cancel()
+            if result:
+                result.cancel()
         raise
     except grpc.FutureTimeoutError as error:
         raise RunnerError("the job endpoint does not answer: is the job server running?") from error

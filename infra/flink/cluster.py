@@ -1,11 +1,11 @@
 """A small real Flink cluster on loopback with Beam's job server and a pool of Python workers, by one command.
 
-    python infra/flink/cluster.py start     fetches the jars at first, starts what is not running, and says how to use it
+    python infra/flink/cluster.py start     fetches the jars, starts what is not running, says how to use it
     python infra/flink/cluster.py status    what runs, and its process
     python infra/flink/cluster.py stop
 
-A JobManager, two TaskManagers, the job server and the workers are processes of their own. Needs Java 11 or 17 and Maven;
-jars, logs and process numbers lie in a folder of the user's cache, or in --folder.
+A JobManager, two TaskManagers, the job server and the workers are processes of their own. Needs Java 11 or 17 and
+Maven; jars, logs and process numbers lie in a folder of the user's cache, or in --folder.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Cluster:
 
     def __init__(self, folder: Path = CACHE / "cluster", port: int = 18080, python: str = sys.executable):
         self.folder, self.python, self.jars = folder, python, CACHE / "jars"
+        self._started: list[subprocess.Popen[bytes]] = []
         self.rpc, self.rest, self.job, self.artifacts, self.pool = range(port, port + 5)
 
     @property
@@ -84,6 +85,8 @@ class Cluster:
 
     def running(self) -> dict[str, int]:
         """The process of each part that runs."""
+        for process in self._started:
+            process.poll()
         found = {}
         for path in sorted(self.folder.glob("*.pid")):
             pid = int(path.read_text())
@@ -134,7 +137,7 @@ class Cluster:
             ("taskmanager.memory.jvm-overhead.max", "64m"),
             ("cluster.evenly-spread-out-slots", "true"),  # else both workers' units land on one TaskManager
             ("heartbeat.interval", 2000),
-            ("heartbeat.timeout", 20000),
+            ("heartbeat.timeout", 120000),  # of one that is starved; a killed one is noticed by its closed connection
             ("restart-strategy.type", "fixed-delay"),  # Beam's own default is no second try
             ("restart-strategy.fixed-delay.attempts", 5),
             ("restart-strategy.fixed-delay.delay", "1s"),
@@ -147,10 +150,11 @@ class Cluster:
     def _java(self, name: str, heap_mb: int, main: str, arguments: list[str]) -> None:
         (self.folder / "tmp").mkdir(exist_ok=True)
         opens = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENS.split()]
+        small = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:MaxMetaspaceSize=256m"]
         self._start(
             name,
-            ["java", f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:MaxMetaspaceSize=256m", *opens, _marker(name, self.folder),
-             f"-Djava.io.tmpdir={self.folder}/tmp", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+            ["java", *small, *opens, _marker(name, self.folder), f"-Djava.io.tmpdir={self.folder}/tmp",
+             "-Dorg.slf4j.simpleLogger.showDateTime=true",
              "-cp", str(_class_path(self.jars)), main, *arguments],
         )  # fmt: skip
 
@@ -172,9 +176,10 @@ class Cluster:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
+        self._started.append(process)
         (self.folder / f"{name}.pid").write_text(str(process.pid))
 
-    def _wait(self, what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
+    def _wait(self, what: str, ready: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while True:
             try:
