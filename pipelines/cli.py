@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("embed", "retry", "index"):
+    if rest and args.command not in ("embed", "retry", "verify", "index"):
         parser.error(f"{args.command} has no option {rest[0]}")
     _quieten()
     args.command_line = "fusion " + " ".join(arguments)
@@ -142,7 +143,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         return DONE
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
+    planned = plan.compare(broken, feature_table.place, spec, redo=lambda record: record.rows_dead > 0)
     return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
 
 
@@ -209,14 +210,22 @@ def _status(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
-def _verify(args: argparse.Namespace, _: list[str]) -> int:
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     from tqdm import tqdm
 
     from fusion_core import files, table
 
     place = files.absolute(args.table)
-    with tqdm(unit=" units", disable=args.json or not sys.stderr.isatty()) as bar:
+    with tqdm(unit=" units", disable=args.json or args.quiet or not sys.stderr.isatty()) as bar:
         findings = table.verify(place, lambda record: bar.update() and None)
+        if findings and args.repair:
+            for finding in findings:
+                print(f"to repair: {finding.what}", file=sys.stderr)
+            with redirect_stdout(sys.stderr):  # what is asked for is the findings
+                code = _repair(args, rest, place, {finding.unit for finding in findings})
+            if code:
+                return code
+            findings = table.verify(place, lambda record: bar.update() and None)
     if args.json:
         print(json.dumps([{"unit": finding.unit, "what": finding.what} for finding in findings]))
     else:
@@ -224,6 +233,23 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
             print(finding.what if not finding.unit else f"unit {finding.unit}: {finding.what}")
         print(f"{place}: {len(findings)} findings" if findings else f"{place}: whole")
     return FAILED if findings else DONE
+
+
+def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[str]) -> int:
+    """Runs units again, and whatever else of their shards does not stand; returns the exit code."""
+    from fusion_core import table, towers
+    from pipelines import embed, plan, runner
+
+    runner.check_beam_options(rest, vars(args))
+    spec = table.read_spec(place)
+    assert spec is not None  # the table was just verified
+    broken = sorted(set(table.shards_of(place, units)))
+    if not broken:
+        return DONE
+    _prepare(args, rest)
+    towers.for_spec(spec.tower, args.device, args.pretrained)
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained)), planned)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------

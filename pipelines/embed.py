@@ -8,6 +8,7 @@ commits whole or not at all. What to do is the launcher's to plan (plan.py), and
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,7 +66,9 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:
         """Runs one unit; not one that is done: a cluster gives a lost worker's units, all of them, to the next."""
-        recorded = table.read_record(self._job.output, work.unit.id)
+        recorded = None
+        with suppress(OSError):  # what cannot be read is done again
+            recorded = table.read_record(self._job.output, work.unit.id)
         if recorded and _done(recorded, work):
             Metrics.counter(_NAMESPACE, "units_done_before").inc()
             yield Outcome(work.unit.id, recorded.rows_in, recorded.rows_out, recorded.rows_dead)
@@ -135,19 +138,25 @@ def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Seq
 def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed.
 
-    The manifest has the last word on what was done, whatever the workers said.
+    The manifest and the parts that lie there have the last word on what was done, whatever the workers said.
     """
     options = PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options])
     pipeline = beam.Pipeline(options=options)
     pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
     runner.run(pipeline, beam_options)
     told = progress.take_failures()
-    manifest = table.read_manifest(job.output)
-    missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work)]
-    return [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
+    manifest, lying = table.read_manifest(job.output), table.list_parts(job.output)
+    missing, lost = [], []
+    for work in plan.work:
+        record = manifest.by_unit.get(work.unit.id)
+        if record is None or not _done(record, work):
+            missing.append(work.unit)
+        elif not table.has_parts(record, lying):
+            lost.append(f"{work.unit.shard}: its part was written and is not there: does the storage keep files?")
+    return lost + [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 
 
-def _done(record: ManifestRecord | None, work: unit.Work) -> bool:
+def _done(record: ManifestRecord, work: unit.Work) -> bool:
     """Whether a record is of this work, not of an earlier run of the unit."""
     before = work.previous.revision if work.previous else -1
-    return record is not None and record.revision > before and record.unit.identity == work.unit.identity
+    return record.revision > before and record.unit.identity == work.unit.identity
