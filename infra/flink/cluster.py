@@ -202,9 +202,11 @@ def fetch(jars: Path) -> None:
         return
     command = ["mvn", "-B", "-ntp", "-q", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={jars}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     except FileNotFoundError:
         raise RuntimeError("cannot fetch the jars of Flink and Beam: install Maven (mvn)") from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("cannot fetch the jars of Flink and Beam: Maven is at it for half an hour") from None
     if done.returncode:
         reason = next((line for line in done.stdout.splitlines() if "ERROR" in line), done.stderr)
         raise RuntimeError(f"cannot fetch the jars of Flink and Beam: {reason}")

@@ -60,7 +60,7 @@ def write(path: Path, samples: list[Members]) -> None:
 
 
 def write_poisoned(path: Path, samples: list[Members], every: int, number: int, kinds: list[str]) -> Counter[str]:
-    """A shard with one broken sample in `every`, their classes counted; every other shard is cut in its last picture."""
+    """Writes a shard with one broken sample in `every`, classes counted; every other shard ends in its last picture."""
     samples, errors = list(samples), Counter[str]()
     places = list(range(every // 2, len(samples), every))
     cut = number % 2 == 0

@@ -109,7 +109,17 @@ def test_the_table_is_the_local_runners(cluster: Any, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_same_table(folder, "flink")
     assert f"{SHARDS} units done" in done.stdout
-    assert [job["state"] for job in cluster.jobs()] == ["FINISHED"]
+    assert cluster.jobs()[0]["state"] == "FINISHED"
+
+
+def test_an_index_is_built_there_too(cluster: Any, folder: Path) -> None:
+    files = []
+    for name, options in (("here", []), ("there", cluster.beam_options)):
+        index = [sys.executable, "-m", "pipelines.cli", "index", f"{folder}/local", "--output", f"{folder}/{name}"]
+        done = subprocess.run([*index, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        files.append(sorted(path.name for path in (folder / name).glob("vectors-*")))  # named by their content
+    assert files[0] and files[0] == files[1]
 
 
 def test_a_killed_task_managers_units_are_done_by_the_other(cluster: Any, folder: Path) -> None:
