@@ -19,7 +19,7 @@ from fusion_core.demo.shards import write_shards
 
 pytestmark = pytest.mark.flink
 ROOT = Path(__file__).parent.parent.parent
-SHARDS, EACH = 12, 40
+SHARDS, EACH = 12, 120
 
 
 def _load() -> Any:
@@ -148,7 +148,7 @@ def test_a_killed_job_manager_fails_the_command_and_repeating_it_completes(clust
 
 def test_an_interrupted_command_cancels_its_job(cluster: Any, folder: Path) -> None:
     run = subprocess.Popen(command(folder, "stopped", cluster.beam_options), stderr=subprocess.PIPE, text=True)
-    interrupt(run, folder / "stopped", lambda: run.send_signal(signal.SIGINT))
+    interrupt(run, folder / "stopped", lambda: run.send_signal(signal.SIGTERM))
     _, said = run.communicate(timeout=1500)
     assert run.returncode == 1 and "interrupted" in said
     deadline = time.monotonic() + 60
