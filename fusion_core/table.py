@@ -63,6 +63,8 @@ def claim(place: str, spec: TableSpec) -> TableSpec:
         if strangers:
             raise TableError(f"{place} holds files but no table.json (e.g. {strangers[0]}): name an empty folder")
         files.write_bytes(place, "table.json", records.to_json(spec, indent=2))
+        if read_spec(place) is None:  # parts without it would be nobody's
+            raise OSError(f"{place}/table.json was written and is not there: does the storage keep what is written?")
         return spec
     if existing.fingerprint != spec.fingerprint:
         lines = records.differences(spec.decisive, existing.decisive)
@@ -135,6 +137,9 @@ def compact(place: str) -> None:
         pq.write_table(table, pending, compression="zstd")
         name = f"snapshot-{len(rows):08d}-{pending.sha256[:16]}.parquet"
         pending.publish(f"manifest/{name}")
+    written = files.stat(files.join(place, "manifest", name))
+    if written is None or written.size_bytes != pending.size_bytes:
+        return  # a storage that lost it still has the records
     for entry in entries:
         if not entry.place.endswith(name) and files.stat(entry.place) == entry:
             files.remove(entry.place)
@@ -199,7 +204,11 @@ class _ParquetFile:
     def __init__(self, place: str, schema: pa.Schema):
         self._schema = schema
         self._pending = files.PendingFile(place)
-        self._writer: Any = pq.ParquetWriter(self._pending, schema, **_writer_settings(schema))
+        try:
+            self._writer: Any = pq.ParquetWriter(self._pending, schema, **_writer_settings(schema))
+        except BaseException:  # a full disk does not even take its first bytes
+            self._pending.__exit__()
+            raise
         self._buffer: list[pa.RecordBatch] = []
         self._buffered = 0
         self.rows = 0
@@ -365,6 +374,15 @@ def write_record(place: str, record: ManifestRecord) -> None:
     files.write_bytes(place, f"manifest/{record.unit.id}.json", records.to_json(record))
 
 
+def read_record(place: str, unit: str) -> ManifestRecord | None:
+    """The record of a unit that was written since the last compaction; None where there is none, or a damaged one."""
+    try:
+        _, found = _read_records(files.join(place, f"manifest/{unit}.json"), brief=False)
+    except FileNotFoundError:
+        return None
+    return found[0] if found else None
+
+
 def remove_unit(place: str, record: ManifestRecord) -> None:
     """Takes a unit out of the table, record first."""
     gone = msgspec.structs.replace(
@@ -388,6 +406,25 @@ def list_parts(place: str) -> dict[str, int]:
         for folder in ("features", "dead_letters")
         for entry in files.list_files(files.join(place, folder))
     }
+
+
+def has_parts(record: ManifestRecord, lying: dict[str, int]) -> bool:
+    """Whether the parts that a record names are among those that lie there, in the size that they were written."""
+    return all(lying.get(part.path) == part.size_bytes for part in (record.features, record.dead_letters) if part)
+
+
+def shards_of(place: str, units: Iterable[str]) -> list[str]:
+    """The shards of units of the table at `place`, by their records or, without one, by what their parts say."""
+    manifest, wanted = read_manifest(place), set(units)
+    found = [manifest.by_unit[unit].unit.shard for unit in sorted(wanted) if unit in manifest.by_unit]
+    for path in list_parts(place):
+        if unit_of_part(path) in wanted - manifest.by_unit.keys():
+            with (
+                contextlib.suppress(pa.ArrowException),  # a part that was cut off cannot say it
+                files.open_input(files.join(place, path)) as stream,
+            ):
+                found += pq.read_table(stream, columns=["shard"])["shard"].slice(0, 1).to_pylist()
+    return found
 
 
 def unit_of_part(path: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("embed", "retry", "index", "fuse"):
+    if rest and args.command not in ("embed", "retry", "verify", "index", "fuse"):
         parser.error(f"{args.command} has no option {rest[0]}")
     _quieten()
     args.arguments = arguments
@@ -58,7 +59,7 @@ def _recorded(arguments: Sequence[str]) -> str:
 
 def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error).__name__ == "RunnerError":
         return FAILED
     named = {
         "BadPlace",
@@ -116,19 +117,19 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import embed, plan, runner
 
     runner.check_beam_options(rest, vars(args))
-    tower = _tower(args, table.read_spec(output))
+    tower = _tower(args, table.read_spec(output), rest)
     fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone) if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
     if fuser:
         fusers.keep(fuser, output)
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
     if planned.work:
-        _prepare(args)
+        _prepare(args, rest)
         towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
 
 
-def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec":
+def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
     """The spec of the towers that are asked for; those of a table that stands are not loaded before there is work."""
     from fusion_core import towers
 
@@ -137,15 +138,15 @@ def _tower(args: argparse.Namespace, existing: "TableSpec | None") -> "TowerSpec
         precision = existing.tower.precision  # a scheduled run may land on another machine
         if towers.are_unchanged(existing.tower, args.model, args.pretrained):
             return existing.tower
-    _prepare(args)
+    _prepare(args, rest)
     return towers.load(args.model, args.pretrained, args.device, precision).spec
 
 
-def _prepare(args: argparse.Namespace) -> None:
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
     """Has the workers' imports made beside those of this process."""
-    from pipelines import workers
+    from pipelines import runner, workers
 
-    if args.workers != 1 and not args.device.startswith("cuda"):
+    if runner.is_local(rest) and args.workers != 1 and not args.device.startswith("cuda"):
         workers.prepare()
 
 
@@ -160,9 +161,9 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     if not broken:
         print(f"{feature_table.place}: no dead letters")
         return DONE
-    _prepare(args)
+    _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, feature_table.place, spec, redo_dead=True)
+    planned = plan.compare(broken, feature_table.place, spec, redo=lambda record: record.rows_dead > 0)
     return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
 
 
@@ -170,8 +171,8 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     from fusion_core import report, table
     from pipelines import embed, runner, workers
 
-    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet)
-    if planned.work and embed.runs_apart(knobs) and not any(option.startswith("--runner") for option in rest):
+    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
+    if planned.work and embed.runs_apart(knobs):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)
     feature_table = table.Table.open(job.output)
@@ -230,14 +231,22 @@ def _status(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
-def _verify(args: argparse.Namespace, _: list[str]) -> int:
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     from tqdm import tqdm
 
     from fusion_core import files, table
 
     place = files.absolute(args.table)
-    with tqdm(unit=" units", disable=args.json or not sys.stderr.isatty()) as bar:
+    with tqdm(unit=" units", disable=args.json or args.quiet or not sys.stderr.isatty()) as bar:
         findings = table.verify(place, lambda record: bar.update() and None)
+        if findings and args.repair:
+            for finding in findings:
+                print(f"to repair: {finding.what}", file=sys.stderr)
+            with redirect_stdout(sys.stderr):  # what is asked for is the findings
+                code = _repair(args, rest, place, {finding.unit for finding in findings})
+            if code:
+                return code
+            findings = table.verify(place, lambda record: bar.update() and None)
     if args.json:
         print(json.dumps([{"unit": finding.unit, "what": finding.what} for finding in findings]))
     else:
@@ -245,6 +254,23 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
             print(finding.what if not finding.unit else f"unit {finding.unit}: {finding.what}")
         print(f"{place}: {len(findings)} findings" if findings else f"{place}: whole")
     return FAILED if findings else DONE
+
+
+def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[str]) -> int:
+    """Runs units again, and whatever else of their shards does not stand; returns the exit code."""
+    from fusion_core import table, towers
+    from pipelines import embed, plan, runner
+
+    runner.check_beam_options(rest, vars(args))
+    spec = table.read_spec(place)
+    assert spec is not None  # the table was just verified
+    broken = sorted(set(table.shards_of(place, units)))
+    if not broken:
+        return DONE
+    _prepare(args, rest)
+    towers.for_spec(spec.tower, args.device, args.pretrained)
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained)), planned)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------

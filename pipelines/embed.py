@@ -8,6 +8,7 @@ commits whole or not at all. What to do is the launcher's to plan (plan.py), and
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fusion_core import files, table, towers, unit
-from pipelines import progress, workers
+from pipelines import progress, runner, workers
 from pipelines.plan import Plan
-from pipelines.runner import Knobs, local_runner
+from pipelines.runner import Knobs
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 
 _LOG = logging.getLogger("fusion.unit")
@@ -44,8 +45,8 @@ class Outcome(NamedTuple):
 
 
 def runs_apart(knobs: Knobs) -> bool:
-    """Whether units run in processes of their own: several at once, on a CPU."""
-    return knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
+    """Whether units run in processes of their own: several at once, on a CPU, where no cluster has its own."""
+    return knobs.local and knobs.threads > 1 and towers.pick_device(knobs.device) == "cpu"
 
 
 class RunUnit(beam.DoFn):  # type: ignore[misc]
@@ -64,7 +65,14 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             self._towers = towers.for_spec(self._job.spec.tower, self._knobs.device, self._job.pretrained)
 
     def process(self, work: unit.Work) -> Iterator[Outcome]:
-        """Runs one unit."""
+        """Runs one unit; not one that is done: a cluster gives a lost worker's units, all of them, to the next."""
+        recorded = None
+        with suppress(OSError):  # what cannot be read is done again
+            recorded = table.read_record(self._job.output, work.unit.id)
+        if recorded and _done(recorded, work):
+            Metrics.counter(_NAMESPACE, "units_done_before").inc()
+            yield Outcome(work.unit.id, recorded.rows_in, recorded.rows_out, recorded.rows_dead)
+            return
         result = self._run(workers.Order(work, self._job.output, self._job.spec, self._knobs.batch))
         if isinstance(result, workers.Failure):
             _LOG.error("unit %s failed: %s\n%s", work.unit.id, result.why, result.trace)
@@ -130,19 +138,25 @@ def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Seq
 def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed.
 
-    The manifest has the last word on what was done, whatever the workers said.
+    The manifest and the parts that lie there have the last word on what was done, whatever the workers said.
     """
-    options = PipelineOptions([*local_runner(knobs, beam_options), *beam_options])
+    options = PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options])
     pipeline = beam.Pipeline(options=options)
     pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
-    pipeline.run().wait_until_finish()
+    runner.run(pipeline, beam_options)
     told = progress.take_failures()
-    manifest = table.read_manifest(job.output, brief=True)
-    missing = [work.unit for work in plan.work if not _done(manifest.by_unit.get(work.unit.id), work)]
-    return [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
+    manifest, lying = table.read_manifest(job.output, brief=True), table.list_parts(job.output)
+    missing, lost = [], []
+    for work in plan.work:
+        record = manifest.by_unit.get(work.unit.id)
+        if record is None or not _done(record, work):
+            missing.append(work.unit)
+        elif not table.has_parts(record, lying):
+            lost.append(f"{work.unit.shard}: its part was written and is not there: does the storage keep files?")
+    return lost + [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 
 
-def _done(record: ManifestRecord | None, work: unit.Work) -> bool:
+def _done(record: ManifestRecord, work: unit.Work) -> bool:
     """Whether a record is of this work, not of an earlier run of the unit."""
     before = work.previous.revision if work.previous else -1
-    return record is not None and record.revision > before and record.unit.identity == work.unit.identity
+    return record.revision > before and record.unit.identity == work.unit.identity

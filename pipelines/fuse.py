@@ -17,9 +17,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from fusion_core import files, fuse, table, towers, unit
 from fusion_core.fuse import FuseWork
 from fusion_core.table import Table, TableError
-from pipelines import progress
+from pipelines import progress, runner
 from pipelines.plan import Plan, unrecorded
-from pipelines.runner import Knobs, local_runner
+from pipelines.runner import Knobs
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
 
 _LOG = logging.getLogger("fusion.unit")
@@ -89,12 +89,11 @@ def plan(source: Table, output: str, spec: TableSpec) -> tuple[Plan, list[FuseWo
 
 
 def _stands(known: ManifestRecord, record: ManifestRecord, spec: TableSpec, lying: dict[str, int]) -> bool:
-    parts = [part for part in (known.features, known.dead_letters) if part]
     return (
         not known.removed
         and known.source_sha256 == fuse.source_sha256(record)
         and known.spec_fingerprint == spec.fingerprint
-        and all(lying.get(part.path) == part.size_bytes for part in parts)
+        and table.has_parts(known, lying)
     )
 
 
@@ -121,10 +120,10 @@ def run(job: FuseJob, source: Table, knobs: Knobs, command: str, beam_options: S
 
 def _run_pipeline(job: FuseJob, items: Sequence[FuseWork], knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed, by the manifest."""
-    pipeline = beam.Pipeline(options=PipelineOptions([*local_runner(knobs, beam_options), *beam_options]))
+    pipeline = beam.Pipeline(options=PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options]))
     units = pipeline | "Units" >> beam.Create(items, reshuffle=False) | "Deal" >> beam.Reshuffle()
     units | "FuseUnits" >> beam.ParDo(FuseUnit(job))
-    pipeline.run().wait_until_finish()
+    runner.run(pipeline, beam_options)
     told = progress.take_failures()
     standing = table.read_manifest(job.output).by_unit
     lying = table.list_parts(job.output)

@@ -20,7 +20,8 @@ from fusion_core.build import IndexJob, Piece
 from fusion_core.clock import Clock
 from fusion_core.index import BadIndex, Index
 from fusion_core.table import Table
-from pipelines.runner import Knobs, local_runner
+from pipelines import runner
+from pipelines.runner import Knobs
 from schemas.feature_table import TableSpec
 from schemas.index import IndexRecord, Training
 
@@ -80,7 +81,7 @@ def run(
 def _add(job: IndexJob, planned: build.Plan, knobs: Knobs, beam_options: Sequence[str]) -> None:
     threads = min(knobs.threads, len(planned.work))
     add = AddPiece(job, planned.table.place, planned.table.spec, planned.training, threads)
-    pipeline = beam.Pipeline(options=PipelineOptions([*local_runner(knobs, beam_options), *beam_options]))
+    pipeline = beam.Pipeline(options=PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options]))
     pieces = pipeline | "Pieces" >> beam.Create(planned.work, reshuffle=False)
     pieces | "Deal" >> beam.Reshuffle() | "AddPieces" >> beam.ParDo(add)
-    pipeline.run().wait_until_finish()
+    runner.run(pipeline, beam_options)

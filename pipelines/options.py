@@ -41,7 +41,7 @@ def build() -> argparse.ArgumentParser:
     )
     _table(_command(commands, "status", "where a running or finished job stands"))
     _retry(_command(commands, "retry", "the dead letters again, after a repair"))
-    _table(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
+    _verify(_command(commands, "verify", "check hashes, counts and alignment of a table; say what is wrong"))
     _index(_command(commands, "index", "build a retrieval index from a table's embeddings"))
     _search(_command(commands, "search", "search an index by text, by image, by both, or for more like a row"))
     _dedup(_command(commands, "dedup", "find a table's duplicates: columns beside its rows that say which to keep"))
@@ -107,6 +107,15 @@ def _embed(parser: argparse.ArgumentParser) -> None:
 
 def _retry(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
+    )
+    _running(parser)
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    _table(parser)
+    parser.add_argument("--repair", action="store_true", help="run again what is wrong, from its shards")
     parser.add_argument(
         "--pretrained", default="", metavar="FILE", help="where the weights lie now, if they were moved"
     )

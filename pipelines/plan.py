@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusion_core import files, shards, table, unit
@@ -33,12 +33,16 @@ class Plan:
 
 
 def compare(
-    inputs: Sequence[str], output: str, spec: TableSpec, share: tuple[int, int] = (0, 1), redo_dead: bool = False
+    inputs: Sequence[str],
+    output: str,
+    spec: TableSpec,
+    share: tuple[int, int] = (0, 1),
+    redo: Callable[[ManifestRecord], bool] = lambda record: False,
 ) -> Plan:
     """Compares the shards that `inputs` name with what the table at `output` holds.
 
-    `share`: (index, number) of this launcher among several on one table. `redo_dead`: units with dead letters are
-    worked on again even where their input is what it was.
+    `share`: (index, number) of this launcher among several on one table. `redo`: whether a unit is worked
+    on again although its record and its input are what they were.
     """
     manifest = table.read_manifest(output, brief=True)
     for path in manifest.damaged:
@@ -54,7 +58,7 @@ def compare(
         if zlib.crc32(item.id.encode()) % share[1] != share[0]:
             continue
         record = manifest.by_unit.get(item.id)
-        if record and _stands(record, item, spec, lying) and not (redo_dead and record.rows_dead):
+        if record and _stands(record, item, spec, lying) and not redo(record):
             skipped += 1
             litter += stale.get(item.id, ())  # left by a run that died after its record was written
         else:
@@ -67,12 +71,11 @@ def compare(
 
 def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
     """Whether a record still speaks of this input, this kind of table, and parts that are there."""
-    parts = [part for part in (record.features, record.dead_letters) if part]
     return (
         not record.removed
         and record.unit.identity == item.identity
         and record.spec_fingerprint == spec.fingerprint
-        and all(lying.get(part.path) == part.size_bytes for part in parts)
+        and table.has_parts(record, lying)
     )
 
 

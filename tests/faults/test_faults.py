@@ -1,0 +1,160 @@
+"""Storage that fails in the middle of a job: the repeated command gives the undisturbed table, whatever it was."""
+
+import errno
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from fusion_core import table, towers
+from pipelines import cli
+from tests.corpora import pairs, write_tar
+from tests.faults import storage
+
+SHARDS, EACH = 4, 6
+
+
+def arguments(shards: Path, output: Path) -> list[str]:
+    return [
+        "embed", "--input", str(shards), "--output", str(output), "--model", towers.DEMO, "--device", "cpu",
+        "--workers", "1", "--quiet",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards, one with broken samples, and the table that an undisturbed run makes of them."""
+    folder = tmp_path_factory.mktemp("faults")
+    for i in range(SHARDS):
+        members = pairs(EACH, start=i * EACH)
+        if i == 1:
+            members += [("broken.jpg", b""), ("broken.txt", b"no picture")]
+        write_tar(folder / "shards" / f"{i:05d}.tar", members)
+    assert cli.main(arguments(folder / "shards", folder / "table")) == 0
+    return folder
+
+
+def assert_whole(place: Path, whole: Path) -> None:
+    expected, found = (table.Table.open(str(path)) for path in (whole / "table", place))
+    assert pa.Table.from_batches(found.scan()).equals(pa.Table.from_batches(expected.scan()))
+    assert found.dead_letters().equals(expected.dead_letters())
+    assert table.verify(str(place)) == []
+    lying = sorted(path.name for folder in ("features", "dead_letters") for path in (place / folder).iterdir())
+    assert lying == sorted(
+        path.name for folder in ("features", "dead_letters") for path in (whole / "table" / folder).iterdir()
+    )
+    assert not list((place / ".tmp").iterdir())
+
+
+def disturb(whole: Path, place: Path, fault: storage.Fault, lost: Callable[[str], bool] = lambda name: False) -> int:
+    """The exit code of a run on failing storage; whatever a reader finds there then is whole."""
+    with storage.failing(fault, lost):
+        code = cli.main(arguments(whole / "shards", place))
+    if (place / "table.json").exists() and list((place / "features").glob("*")):
+        expected = pa.Table.from_batches(table.Table.open(str(whole / "table")).scan())
+        by_key = {row["key"]: row for row in expected.select(["key", "row", "shard", "caption"]).to_pylist()}
+        for record in table.read_manifest(str(place)).live:
+            if record.features and (place / record.features.path).exists():
+                rows = table.Table.open(str(place)).read_part(record.features, ["key", "row", "shard", "caption"])
+                assert all(by_key[row["key"]] == row for row in rows.to_pylist())
+    return code
+
+
+def repeat(whole: Path, place: Path) -> None:
+    assert cli.main(arguments(whole / "shards", place)) == 0
+    assert_whole(place, whole)
+
+
+FEW = {
+    "full disk": lambda seed: storage.from_(3 + seed % 20, "write", errno.ENOSPC),
+    "broken read": lambda seed: storage.at(seed % 12, "open", errno.EIO),
+    "broken listing": lambda seed: storage.at(seed % 20, "list", errno.EIO),
+    "failed rename": lambda seed: storage.at(seed % 12, "publish", errno.EIO),
+    "one error in 20": lambda seed: storage.one_in(20, seed),
+    "slow": lambda seed: storage.slow(0.002),
+}
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_job_on_failing_storage_repeated_gives_the_undisturbed_table(whole: Path, tmp_path: Path, kind: str) -> None:
+    code = disturb(whole, tmp_path / "table", FEW[kind](5))
+    assert code in ((0,) if kind == "slow" else (0, 1))
+    repeat(whole, tmp_path / "table")
+
+
+@pytest.mark.parametrize("lost", ["table.json", "features/00002", "manifest/00002", "manifest/snapshot"])
+def test_a_store_that_loses_a_file_is_found_out(whole: Path, tmp_path: Path, lost: str) -> None:
+    code = disturb(whole, tmp_path / "table", storage.never, lambda name: name.startswith(lost))
+    assert code == (0 if lost == "manifest/snapshot" else 1)  # the records that it would have replaced are kept
+    repeat(whole, tmp_path / "table")
+
+
+def test_the_order_of_listings_does_not_matter(whole: Path, tmp_path: Path) -> None:
+    for seed in range(2):
+        with storage.failing(storage.never, shuffled=seed):
+            assert cli.main(arguments(whole / "shards", tmp_path / "table")) == 0
+            assert_whole(tmp_path / "table", whole)
+
+
+def harm(place: Path, chance: random.Random) -> Path:
+    """Cuts or changes one file that a table is made of."""
+    path = chance.choice(
+        [path for name in ("features", "dead_letters", "manifest") for path in (place / name).iterdir()]
+    )
+    data = bytearray(path.read_bytes())
+    where = chance.randrange(len(data))
+    if chance.random() < 0.5:
+        data = data[:where]
+    else:
+        data[where] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_verify_names_a_damaged_file_and_repairs_it(
+    whole: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "table"
+    shutil.copytree(whole / "table", place)
+    damaged = harm(place, random.Random(seed))
+    assert cli.main(["verify", str(place)]) == 1
+    assert damaged.name in capsys.readouterr().out
+    assert cli.main(["verify", str(place), "--repair", "--workers", "1", "--quiet"]) == 0
+    assert f"{place}: whole" in capsys.readouterr().out
+    assert_whole(place, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FEW)
+def test_many_jobs_on_failing_storage(whole: Path, tmp_path: Path, kind: str) -> None:
+    for seed in range(5 if kind == "slow" else 30):
+        place = tmp_path / f"table-{seed}"
+        assert disturb(whole, place, FEW[kind](seed)) in (0, 1), seed
+        repeat(whole, place)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_repaired(whole: Path, tmp_path: Path) -> None:
+    for seed in range(40):
+        place = tmp_path / f"table-{seed}"
+        shutil.copytree(whole / "table", place)
+        chance = random.Random(seed)
+        for _ in range(chance.randrange(1, 4)):
+            harm(place, chance)
+        assert cli.main(["verify", str(place), "--repair", "--workers", "1", "--quiet"]) == 0, seed
+        assert_whole(place, whole)
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_write_one_table(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", *arguments(whole / "shards", tmp_path / "table")]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert_whole(tmp_path / "table", whole)
