@@ -91,7 +91,8 @@ class Feed(IterableDataset[Batch]):
             self._batches -= self._batches % world_size
         order = [batch_rows, self._block_batches, shuffle, seed, rank, world_size, drop_last]
         self._fingerprint = records.fingerprint([order, [part.sha256 for part in table.parts]])
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see the next epoch
+        # workers that live on see the next epoch
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._resumed: dict[str, Any] = {}
         self._taken, self._reader = 0, (0, 1)
 

@@ -193,7 +193,7 @@ def test_a_loader_with_workers_gives_every_row_in_every_epoch_and_goes_on(small:
     assert first != second
     for found in (first, second):
         assert sorted(itertools.chain.from_iterable(found)) == list(range(TOTAL))
-    other = pickle.loads(pickle.dumps(small.torch(["id"], seed=4, batch_rows=20, buffer_rows=40)))  # noqa: S301
+    other = pickle.loads(pickle.dumps(small.torch(["id"], seed=4, batch_rows=20, buffer_rows=40)))
     other.load_state_dict(feed.state_dict(5, workers=2))
     assert ids(DataLoader(other, batch_size=None, num_workers=2)) == second[5:]
 
