@@ -32,12 +32,13 @@ COLUMNS = ("side", "rows", "rows/s", "rows per CPU-s", "fusion ÷ it", "in CPU-s
 
 _MEASURE = """
 import json, resource, sys, time
+def cpu_seconds():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 def run(passes):
     passes()
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), cpu_seconds()
     rows = passes()
-    took, busy = time.perf_counter() - start, time.process_time() - cpu
-    busy += sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    took, busy = time.perf_counter() - start, cpu_seconds() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"rows": rows, "seconds": took, "cpu_seconds": busy, "peak_mib": peak}))
 place, column, batch_rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -60,9 +61,7 @@ run(lambda: sum(batch.num_rows for batch in dataset.to_batches(columns=[column],
 """
 _READER = """
 from embedding_reader import EmbeddingReader
-options = {{"embedding_column_name": column, "metadata_folder": None}} if "{format}" == "parquet" else {{}}
-options = {{name: value for name, value in options.items() if value}}
-reader = EmbeddingReader(embeddings_folder=place, file_format="{format}", **options)
+reader = EmbeddingReader(embeddings_folder=place, file_format="{format}", embedding_column=column)
 run(lambda: sum(len(found) for found, _ in reader(batch_size=batch_rows, show_progress=False)))
 """
 
