@@ -116,7 +116,7 @@ class Feed(IterableDataset[Batch]):
         """The position, for load_state_dict; JSON types only.
 
         Without arguments it is that of the pass in this process: exact where no loader workers are used, and in each
-        worker (where torchdata's StatefulDataLoader asks). A plain DataLoader's workers read ahead in processes of
+        worker, for a loader that asks its workers. A plain DataLoader's workers read ahead in processes of
         their own: say there how many `batches` of this epoch came from the loader, and its number of `workers`.
         """
         state = {"fingerprint": self._fingerprint, "epoch": self.epoch}
