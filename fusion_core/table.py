@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ from schemas import records
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, RunRecord, TableSpec, features_schema
 from schemas.records import SchemaMismatch
 from schemas.samples import DEAD_LETTERS, DeadLetter, Unit
+
+if TYPE_CHECKING:
+    from fusion_core.feed import Feed
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -553,6 +556,23 @@ class Table:
         """`rows` random rows (all, if there are fewer), none twice, in manifest order; the seed decides which."""
         chosen = random.Random(seed).sample(range(self.num_rows), min(rows, self.num_rows))
         return self.take(sorted(chosen), columns)
+
+    def torch(
+        self,
+        columns: Sequence[str] | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        **more: Any,
+    ) -> "Feed":
+        """The rows as batches of tensors, for a DataLoader with `batch_size=None`; `more` as fusion_core.feed.Feed.
+
+        Columns: by default the embeddings and the flags that say whether they are present.
+        """
+        from fusion_core.feed import Feed
+
+        return Feed(self, columns, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, **more)
 
     def dead_letters(self) -> pa.Table:
         """All dead letters, in manifest order."""

@@ -75,6 +75,7 @@ def _expected(error: Exception) -> int | None:
         "BadDuplicates",
         "BadColumns",
         "BadEvaluation",
+        "BadExport",
         "BadLabels",
         "ServeError",
         "TrainError",
@@ -501,6 +502,29 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     return DONE
 
 
+def _export(args: argparse.Namespace, _: list[str]) -> int:
+    from tqdm import tqdm
+
+    from fusion_core import export, table
+
+    feature_table = table.Table.open(args.table)
+    asked = {name: getattr(args, name) for name in ("modality", "images", "rows_per_file")}
+    with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
+        record = export.write(feature_table, args.output, args.format, **asked, passed=bar.update)
+    print(f"{args.output}: {record.rows:,} of {record.rows_table:,} rows in {record.files:,} files")
+    fate = "left out" if args.format == "clip-retrieval" else "without that member"
+    for side, count in record.without.items():
+        if count and (args.format == "webdataset" or args.modality in ("both", side)):
+            print(f"  {count:>8,} rows without {'a picture' if side == 'image' else 'a caption'}: {fate}")
+    if record.renamed:
+        print(f"  {record.renamed:>8,} samples go by their row's number: their key is no name in a tar, or not alone")
+    if args.images:
+        print(f"  {record.images:>8,} original pictures")
+    for error, count in record.errors.items():
+        print(f"  {count:>8,} pictures missing ({error}), e.g. {record.first_error}")
+    return DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -521,6 +545,7 @@ _COMMANDS = {
     "label": _label,
     "caption": _caption,
     "serve": _serve,
+    "export": _export,
     "train": _train,
 }
 

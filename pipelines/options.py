@@ -50,6 +50,7 @@ def build() -> argparse.ArgumentParser:
     _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
+    _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
@@ -399,6 +400,25 @@ def _fuse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, help="units worked on at once (default: one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--format", required=True, choices=("webdataset", "clip-retrieval"),
+        help="tars of key.txt, key.json, key.image_embedding.npy, …; or img_emb/, text_emb/ and metadata/",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder or URI for the files")
+    parser.add_argument(
+        "--images", action="store_true", help="webdataset: the original pictures too, read from their shards"
+    )
+    parser.add_argument(
+        "--modality", default="both", choices=("both", "image", "text"),
+        help="clip-retrieval: what a row must have; the others are left out and counted (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows-per-file", type=positive, default=0, metavar="N", help="default: 10,000 in a tar, 1,000,000 in a .npy"
+    )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
