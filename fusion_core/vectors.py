@@ -88,18 +88,21 @@ class Kind:
         return last in ("Flat", "SQfp16") and (bool(self.refine) or not self.dims)
 
     def bytes_per_vector(self, dim: int, rows: int = 0) -> float:
-        """Of codes and the numbers that cells keep; with `rows`, also the share of cells' centres and projection."""
-        shared = 4 * ((self.dims or dim) * self.lists + self.dims * dim) + 300 * self.lists * self.graph
-        return self._own_bytes(dim) + (shared / rows if rows else 0)
+        """Of codes and the numbers that cells keep; with `rows`, also the share of cells' centres and projection, and
+        of what fills each cell's last block of 32 where codes are looked up in blocks."""
+        code = self._code_bytes(dim)
+        own = code + (8 if self.lists else 0) + {"": 0, "SQ8": dim, "SQfp16": 2 * dim}[self.refine]
+        filling = 16 * code * self.lists if self.codec == "PQ" else 0
+        shared = 4 * ((self.dims or dim) * self.lists + self.dims * dim) + 300 * self.lists * self.graph + filling
+        return own + (shared / rows if rows else 0)
 
-    def _own_bytes(self, dim: int) -> int:
+    def _code_bytes(self, dim: int) -> int:
         d = self.dims or dim
         sub = int(match[1]) if (match := re.search(r"PQ(\d+)", self.text)) else 0
-        code = {
+        return {
             "Flat": 4 * d, "SQfp16": 2 * d, "SQ8": d, "SQ4": (d + 1) // 2, "PQ": (sub + 1) // 2,
             "RaBitQ": (d + 7) // 8 + 8,
         }[self.codec]  # fmt: skip
-        return code + (8 if self.lists else 0) + {"": 0, "SQ8": dim, "SQfp16": 2 * dim}[self.refine]
 
     @property
     def fourcc(self) -> bytes:
