@@ -34,14 +34,17 @@ def test_every_fusion_command_parses(command: str) -> None:
     assert rest == [] and args.command in command
 
 
-def test_the_python_block_runs_on_the_demos_table(
+def test_the_python_blocks_run_on_the_demos_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", "--pairs", "60"]) == 0
     capsys.readouterr()
-    (block,) = [text for language, text in BLOCKS if language == "python"]
-    exec(compile(block, "README.md", "exec"), {})
+    table, feed = [text for language, text in BLOCKS if language == "python"]
+    exec(compile(feed, "README.md", "exec"), {})
+    told = [line.partition(" tensor")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["0 torch.Size([68, 64])", "1 torch.Size([68, 64])"]
+    exec(compile(table, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "68 fusion-demo"
     assert lines[1].startswith("0 (68, 64) float16")
