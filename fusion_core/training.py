@@ -160,7 +160,7 @@ def compare(records: Sequence[FuserRecord]) -> Comparison:
 
     Raises ValueError where they were not, or not for retrieval.
     """
-    told = [{name: record.trained_on.get(name) for name in ("parts", "supervision", "rows")} for record in records]
+    told = [{name: record.trained_on.get(name, "") for name in ("parts", "supervision", "rows")} for record in records]
     if not records or any(one != told[0] for one in told) or not told[0]["rows"]:
         raise ValueError(f"expected fusers that were trained with the same rows, not {told}")
     figures: dict[str, dict[str, float]] = {}

@@ -30,7 +30,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, table.Table]:
 @pytest.mark.slow
 @pytest.mark.parametrize("views", SHARES)
 def test_fusers_trained_on_degraded_scenes_beat_the_tuned_sum(tables: dict[str, table.Table], views: str) -> None:
-    for kind in ("attention", "gmu", "combiner"):
+    for kind in ("attention", "combiner"):
         done = training.train(tables["whole"], TrainJob(kind), [tables[views]])
         print(training.describe(done))
         assert done.promoted, training.describe(done)
