@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
-from fusion_core import files
+from fusion_core import files, training
 from fusion_core.table import Table
 from schemas.feature_table import RunRecord
+from schemas.fuser import FuserRecord
 from schemas.index import IndexRecord
 from schemas.samples import ERRORS
+
+FUSERS_TITLE = "What trained fusers bring"
 
 _MAX_LETTERS = 100
 _MAX_PARTS = 50  # parts looked into for the histogram and the dead letters: the report's cost stays bounded
@@ -30,11 +33,12 @@ def write(
     run: RunRecord | None = None,
     index: IndexRecord | None = None,
     searches: Sequence[Mapping[str, Any]] = (),
+    fusers: Sequence[FuserRecord] = (),
 ) -> None:
-    """Writes the report of a table, and of a run, an index and searches where given, as `place/report.html`.
+    """Writes the report of a table, and of a run, an index, searches and fusers where given, as `place/report.html`.
 
     A search is a mapping with `title`, optionally `query_image` (a data URI), and `hits`: rows of a search result with
-    a `picture` (a data URI or None).
+    a `picture` (a data URI or None). Fusers are trained ones, for retrieval, all with the same rows and views.
     """
     page = _template().render(
         title=title,
@@ -42,6 +46,8 @@ def write(
         run=_describe_run(run) if run else None,
         index=_describe_index(index) if index else None,
         searches=searches,
+        fusers_title=FUSERS_TITLE,
+        fusers=training.compare(fusers) if fusers else None,
         stages=_stages(table),
         errors=_errors(table),
         letters=_letters(table),

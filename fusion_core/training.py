@@ -18,7 +18,7 @@ from fusion_core import decisions, files, fusers
 from fusion_core.examples import TEST, TRAIN, VALIDATION, Bools, Examples, Floats, Ids, TrainError, gather
 from fusion_core.table import Table
 from schemas import records
-from schemas.fuser import TrainJob
+from schemas.fuser import FuserRecord, TrainJob
 
 LEAST_ROWS = 50  # for each of training, validation and test
 
@@ -134,6 +134,79 @@ def _metrics(reports: Sequence[Report]) -> dict[str, float]:
             found |= {f"{path}/{name}": round(v, 6) for name, v in zip(("mean", "low", "high"), values, strict=True)}
         found |= {f"{report.task}/distance/{name}": value for name, value in report.distances.items()}
     return found
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of a comparison."""
+
+    name: str
+    figures: list[float]  # by measure
+    differences: dict[str, str]  # of R@1, by what is beaten or not: points with their interval
+    verdict: str  # "promoted", "not promoted"; empty of what is not trained
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fusers beside each other and what they must beat, on the same held-out rows."""
+
+    n: int
+    measures: list[str]
+    systems: list[System]
+
+
+def compare(records: Sequence[FuserRecord]) -> Comparison:
+    """What the records of fusers tell of retrieval that were trained with the same rows, views and seed.
+
+    Raises ValueError where they were not, or not for retrieval.
+    """
+    told = [{name: record.trained_on.get(name, "") for name in ("parts", "supervision", "rows")} for record in records]
+    if not records or any(one != told[0] for one in told) or not told[0]["rows"]:
+        raise ValueError(f"expected fusers that were trained with the same rows, not {told}")
+    figures: dict[str, dict[str, float]] = {}
+    gaps: dict[str, dict[str, dict[str, float]]] = {}
+    verdicts = {}
+    for record in records:
+        verdicts[record.spec.type] = "promoted" if record.promoted else "not promoted"
+        for path, value in record.metrics.items():
+            task, system, measure = path.split("/")
+            if task != "retrieval" or system == "distance":
+                continue
+            measured, minus, against = system.partition(" minus ")
+            if minus and measured == "R@1":
+                gaps.setdefault(record.spec.type, {}).setdefault(against, {})[measure] = value
+            else:
+                figures.setdefault(system, {})[measure] = value
+    if not figures:
+        raise ValueError("expected fusers that were trained for retrieval")
+    measures = list(next(iter(figures.values())))
+    systems = [
+        System(
+            name,
+            [named[measure] for measure in measures],
+            {against: _points(*gap.values()) for against, gap in gaps.get(name, {}).items()},
+            verdicts.get(name, ""),
+        )
+        for name, named in sorted(figures.items(), key=lambda item: item[0] in verdicts)
+    ]
+    return Comparison(msgspec.json.decode(told[0]["rows"])["test"], measures, systems)
+
+
+def describe_together(records: Sequence[FuserRecord]) -> str:
+    """`compare` as a table of text."""
+    found = compare(records)
+    width = max(len(system.name) for system in found.systems)
+    lines = [f"{f'n={found.n:,}':<{width}}" + "".join(f"{name:>8}" for name in found.measures)]
+    for system in found.systems:
+        gaps = "; ".join(f"{gap} over {against}" for against, gap in system.differences.items())
+        figures = "".join(f"{100 * value:>8.1f}" for value in system.figures)
+        lines.append(f"{system.name:<{width}}{figures}" + (f"  {system.verdict}: {gaps}" if gaps else ""))
+    lines.append("in per cent; differences of R@1 in points with the 95 % interval of a paired bootstrap")
+    return "\n".join(lines)
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def check_job(job: TrainJob) -> None:
@@ -567,7 +640,7 @@ def describe(trained: Trained) -> str:
             lines.append(f"{system:<{width}}" + "".join(f"{100 * named[name]:>14.1f}" for name in names))
         for against, (mean, low, high) in report.differences.items():
             lines.append(
-                f"{list(report.figures)[-1]} minus {against}: {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] "
+                f"{list(report.figures)[-1]} minus {against}: {_points(mean, low, high)} "
                 f"points of {report.measure} (paired bootstrap, 95 %)"
             )
         lines += [f"between the modalities: {name} {value:g}" for name, value in report.distances.items()]

@@ -3,20 +3,23 @@
 import io
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusion_core import files, index, report, search, table, towers
+from fusion_core import files, fusers, index, report, search, table, towers, training
 from fusion_core.demo import scenes, shards
 from pipelines import cli
+from schemas.fuser import FuserRecord
 
 _PER_SHARD = 300
 _SEED = 7
 _TEXTS = ("two large red stars on a white background", "a small blue ring left of a yellow square")
 _CHANGE = "green"  # what the third search asks of its picture
+_FUSERS = ("combiner", "attention")
+_LEAST_PAIRS = 800  # of which a tenth is to tell when training has done enough
 
 
 def run(output: str, pairs: int) -> int:
@@ -37,14 +40,42 @@ def run(output: str, pairs: int) -> int:
         ["search", the_index, "--image", str(query), "-k", "5"],
         ["search", the_index, "--image", str(query), "--text", _CHANGE, "-k", "5"],
     ]  # fmt: skip
+    if pairs >= _LEAST_PAIRS:
+        commands += _learning(folder, pairs, the_table)
     for command in commands:
         print(f"\n$ fusion {shlex.join(command)}", flush=True)
         code = cli.main(command)
         if code:
             return code
-    _write_report(folder, the_table, the_index, query)
+    trained = [_record(folder, kind) for kind in _FUSERS] if pairs >= _LEAST_PAIRS else []
+    if trained:
+        print(f"\n{report.FUSERS_TITLE}\n{training.describe_together(trained)}")
+    else:
+        print(f"\nno fuser is trained on fewer than {_LEAST_PAIRS} pairs")
+    _write_report(folder, the_table, the_index, query, trained)
     print(f"\n{folder / 'report.html'}: open it in a browser ({time.perf_counter() - started:.0f} s in all)")
     return 0
+
+
+def _learning(folder: Path, pairs: int, the_table: str) -> list[list[str]]:
+    """The commands that train fusers to find the scenes from pictures and captions of which half are degraded."""
+    print("drawing them again, half of the pictures blurred and half of the captions without colours")
+    shards.write_views(folder / "views", pairs, _PER_SHARD, _SEED)
+    views = str(folder / "views-table")
+    return [
+        ["embed", "--input", f"{folder}/views/*.tar", "--output", views, "--model", towers.DEMO],
+        *(
+            ["train", the_table, "--views", views, "--fuser", kind, "--output", str(folder / "fusers" / kind)]
+            for kind in _FUSERS
+        ),
+    ]
+
+
+def _record(folder: Path, kind: str) -> FuserRecord:
+    tower = table.Table.open(files.absolute(str(folder / "table"))).spec.tower
+    record = fusers.load(files.absolute(str(folder / "fusers" / kind)), tower.embedding_dim, tower.backbone).record
+    assert record is not None, "a trained fuser has a record"
+    return record
 
 
 def _query_picture() -> bytes:
@@ -56,7 +87,7 @@ def _query_picture() -> bytes:
     return stream.getvalue()
 
 
-def _write_report(folder: Path, the_table: str, the_index: str, query: Path) -> None:
+def _write_report(folder: Path, the_table: str, the_index: str, query: Path, trained: Sequence[FuserRecord]) -> None:
     found = index.Index.open(files.absolute(the_index))
     searcher = search.Searcher(found, towers.for_spec(found.record.table_spec.tower))
     image = query.read_bytes()
@@ -67,9 +98,8 @@ def _write_report(folder: Path, the_table: str, the_index: str, query: Path) -> 
         _search(searcher, f"Search by picture and text: “{_CHANGE}”", text=_CHANGE, image=image),
     ]
     feature_table = table.Table.open(the_table)
-    report.write(
-        feature_table, str(folder), "Fusion demo", table.read_runs(feature_table.place)[-1], found.record, searches
-    )
+    run = table.read_runs(feature_table.place)[-1]
+    report.write(feature_table, str(folder), "Fusion demo", run, found.record, searches, trained)
 
 
 def _search(searcher: search.Searcher, title: str, **query: Any) -> dict[str, Any]:

@@ -101,6 +101,29 @@ def test_the_reported_figures_are_those_of_a_plain_search(world: Path) -> None:
     assert done.reports[0].figures["gate"]["R@1"] == pytest.approx((scores.argmax(1) == np.arange(len(test))).mean())
 
 
+def test_fusers_of_the_same_rows_are_compared_and_others_are_not(world: Path) -> None:
+    whole, moody, equal = (Table.open(str(world / name)) for name in ("whole", "moody", "equal"))
+    jobs = [replace(QUICK, kind=kind, epochs=2) for kind in ("combiner", "gate")]
+    done = [training.train(whole, job, [moody]) for job in jobs]
+    records = [one.fuser.record for one in done if one.fuser.record is not None]
+    found = training.compare(records)
+    names = ["image only", "text only", done[0].reports[0].tuned_sum]
+    assert [system.name for system in found.systems] == [*names, "combiner", "gate"]
+    assert found.n == done[0].reports[0].n and found.measures == ["R@1", "R@5", "R@10", "MRR"]
+    for one, system in zip(done, found.systems[3:], strict=True):
+        (report,) = one.reports
+        assert system.figures == pytest.approx(list(report.figures[system.name].values()), abs=1e-6)
+        assert system.verdict == ("promoted" if one.promoted else "not promoted")
+        for against, (mean, low, high) in report.differences.items():
+            assert system.differences[against] == f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert all(not system.differences and not system.verdict for system in found.systems[:3])
+    assert f"n={found.n}" in training.describe_together(records)
+    other = training.train(whole, jobs[0], [equal]).fuser.record
+    assert other is not None
+    with pytest.raises(ValueError, match="the same rows"):
+        training.compare([*records, other])
+
+
 # --- labels and triplets
 
 

@@ -1,29 +1,36 @@
 """The commands beside `embed`, and the whole way as the demo shows it."""
 
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from fusion_core import table, towers
+from fusion_core import fusers, report, table, towers
 from fusion_core.demo import shards as demo_shards
 from pipelines import cli
 from tests.corpora import photo
 
+PAIRS = 800
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `fusion demo` leaves behind."""
-    folder = tmp_path_factory.mktemp("demo")
-    assert cli.main(["demo", "--output", str(folder / "out"), "--pairs", "600"]) == 0
-    return folder / "out"
+    """What `fusion demo` leaves behind, and what it said in `said.txt`."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert cli.main(["demo", "--output", str(folder), "--pairs", str(PAIRS)]) == 0
+    (folder / "said.txt").write_text(said.getvalue())
+    return folder
 
 
 def test_the_demo_ends_with_a_report_that_shows_the_whole_way(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     opened = table.Table.open(str(demo / "table"))
-    assert opened.num_rows == 600 + len(demo_shards.UNUSUAL)
+    assert opened.num_rows == PAIRS + len(demo_shards.UNUSUAL)
     assert len(opened.dead_letters()) == len(demo_shards.BROKEN)
     for shown in (
         "Throughput by stage",
@@ -35,6 +42,24 @@ def test_the_demo_ends_with_a_report_that_shows_the_whole_way(demo: Path) -> Non
         assert shown in page
     assert len(re.findall(r'<img src="data:image/jpeg;base64,', page)) >= 4 * 6
     assert not re.search(r'(src|href)="(?!data:)', page), "the page stands alone"
+
+
+def test_the_demo_shows_what_trained_fusers_bring(demo: Path) -> None:
+    page, said = (demo / "report.html").read_text(), (demo / "said.txt").read_text()
+    assert report.FUSERS_TITLE in page and report.FUSERS_TITLE in said
+    assert table.Table.open(str(demo / "views-table")).num_rows == PAIRS
+    lines = said[said.index(report.FUSERS_TITLE) :].splitlines()
+    dim = table.Table.open(str(demo / "table")).spec.tower.embedding_dim
+    for kind in ("combiner", "attention"):
+        record = fusers.load(str(demo / "fusers" / kind), dim).record
+        assert record is not None
+        (line,) = [line for line in lines if line.startswith(kind)]
+        found = f"{100 * record.metrics[f'retrieval/{kind}/R@1']:.1f}"
+        assert line.split()[1] == found and f">{found}<" in page
+        assert f"  {'' if record.promoted else 'not '}promoted: " in line
+        for against in re.findall(r"over ([^;]+)", line):
+            low = 100 * record.metrics[f"retrieval/R@1 minus {against}/low"]
+            assert f"[{low:+.1f}, " in line and f"{against}: " in page
 
 
 def test_search_by_text_finds_what_was_asked_for(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
