@@ -55,7 +55,7 @@ def is_local(beam_options: Sequence[str]) -> bool:
 
 
 def run(pipeline: beam.Pipeline, beam_options: Sequence[str]) -> None:
-    """Runs a pipeline to its end; an interrupted one is cancelled on its cluster, too.
+    """Runs a pipeline to its end; the cluster is asked to cancel an interrupted one.
 
     Raises RunnerError where a cluster gave the job up or was not reached: of its many lines, the last cause.
     """

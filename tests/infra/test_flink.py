@@ -146,15 +146,18 @@ def test_a_killed_job_manager_fails_the_command_and_repeating_it_completes(clust
     assert_same_table(folder, "job")
 
 
-def test_an_interrupted_command_cancels_its_job(cluster: Any, folder: Path) -> None:
+def test_an_interrupted_command_leaves_whole_units(cluster: Any, folder: Path) -> None:
     run = subprocess.Popen(command(folder, "stopped", cluster.beam_options), stderr=subprocess.PIPE, text=True)
     interrupt(run, folder / "stopped", lambda: run.send_signal(signal.SIGTERM))
     _, said = run.communicate(timeout=1500)
     assert run.returncode == 1 and "interrupted" in said
-    deadline = time.monotonic() + 60
-    while cluster.jobs()[-1]["state"] in ("RUNNING", "CANCELLING") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while cluster.jobs()[-1]["state"] in ("RUNNING", "CANCELLING"):  # what is in flight may come to its end
+        assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert "CANCELED" in {job["state"] for job in cluster.jobs()}
+    done = subprocess.run(command(folder, "stopped"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_table(folder, "stopped")
 
 
 def test_without_a_job_server_the_command_says_so(tmp_path: Path) -> None:
