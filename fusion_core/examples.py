@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from fusion_core import files
+from fusion_core.labels import Truth
 from fusion_core.table import ROW_GROUP_ROWS, Table, to_numpy
 from schemas.fuser import TrainJob
 
@@ -118,27 +118,24 @@ def _read(table: Table, positions: Ids, job: TrainJob, labels: str) -> Examples:
     has_image, has_text = np.zeros(n, bool), np.zeros(n, bool)
     digests = np.zeros((n, 32), np.uint8)
     captions, given = [], []
-    column = _label_column(table, labels) if labels else ""
+    truth = Truth(table, labels) if labels else None
+    source = truth.columns if truth else []
     columns = ["has_image", "has_text", "sha256", "caption", "image_embedding", "text_embedding"]
     start = 0
-    for some in table.pick(positions, [*columns, *([column] if column else [])]):
+    for some in table.pick(positions, list(dict.fromkeys([*columns, *source]))):
         rows = slice(start, start + some.num_rows)
         image[rows], text[rows], has_image[rows], has_text[rows] = _slots(some)
         digests[rows] = _digests(some["sha256"])
         captions.append(some["caption"])
-        if column:
-            given.append(_field(some[column], labels) if labels != column else some[column].cast(pa.string()))
+        given.append(some.select(source))
         start = rows.stop
     caption, group = _contents(
         pa.chunked_array([c for a in captions for c in a.chunks], pa.string()), digests, has_image
     )
     label: Ids = np.full(n, -1, np.int64)
     classes: tuple[str, ...] = ()
-    if labels:
-        named = pa.chunked_array([c for a in given for c in a.chunks], pa.string()) if column else None
-        label, classes = _encoded(
-            named if named is not None else _labels_of_file(labels, _column(table, positions, "key"))
-        )
+    if truth:
+        label, classes = _encoded(pa.chunked_array([truth.of(pa.concat_tables(given))], pa.string()))
     target, has_target = (image, has_image) if job.target == "image" else (text, has_text)
     return Examples(
         image, text, has_image, has_text, np.arange(n), target, has_target, group, caption, label, classes, False
@@ -250,39 +247,6 @@ def _of_triplets(table: Table, rows: Examples, place: str, job: TrainJob) -> Exa
     )
 
 
-def _label_column(table: Table, labels: str) -> str:
-    """The column that the labels stand in; empty when they stand in a file."""
-    if labels in table.schema.names and labels not in (*table.embedding_columns, "sha256"):
-        return labels
-    if labels.startswith("meta."):
-        return "meta"
-    if files.stat(files.absolute(labels)) is None:
-        raise TrainError(
-            f"there are no labels {labels!r}: name a column of {table.place}, meta.NAME for a field of its sidecars, "
-            "or a CSV, JSONL or Parquet file with the columns key and label"
-        )
-    return ""
-
-
-def _field(column: pa.ChunkedArray, labels: str) -> pa.ChunkedArray:
-    """A field of each row's sidecar, as text; null where it has none, or one that is no plain value."""
-    name = labels.removeprefix("meta.")
-    values = []
-    for text in column.to_pylist():
-        try:
-            value = msgspec.json.decode(text).get(name) if text else None
-        except (msgspec.DecodeError, AttributeError):
-            value = None
-        values.append(str(value) if isinstance(value, str | int | float | bool) else None)
-    return pa.chunked_array([pa.array(values, pa.string())])
-
-
-def _labels_of_file(place: str, keys: pa.Array) -> pa.ChunkedArray:
-    given = _read_file(place, ("key", "label"))
-    found = pc.index_in(keys, value_set=given["key"].cast(pa.string()).combine_chunks())
-    return pa.chunked_array([pc.take(given["label"].cast(pa.string()).combine_chunks(), found)])
-
-
 def _encoded(labels: pa.ChunkedArray) -> tuple[Ids, tuple[str, ...]]:
     """The number of each row's class, -1 without one, and the classes' names."""
     classes = sorted(pc.unique(labels.drop_null()).to_pylist())
@@ -294,7 +258,7 @@ def _encoded(labels: pa.ChunkedArray) -> tuple[Ids, tuple[str, ...]]:
     return found.to_numpy().astype(np.int64), tuple(classes)
 
 
-def _read_file(place: str, columns: Sequence[str], max_rows: int = 50_000_000) -> pa.Table:
+def _read_file(place: str, columns: Sequence[str], max_rows: int) -> pa.Table:
     """These columns of a CSV, JSONL or Parquet file; columns whose name has `query` in it may be missing."""
     place = files.absolute(place)
     try:

@@ -132,8 +132,14 @@ class Truth:
         values = rows[self._column].to_pylist()
         if self._source.startswith(_META):
             name = self._source.removeprefix(_META)
-            values = [json.loads(value).get(name) if value else None for value in values]
+            values = [_field(value, name) if value else None for value in values]
         return [_as_label(value) for value in values]
+
+
+def _field(sidecar: str, name: str) -> object:
+    """A field of a sidecar; None where it has none, or is no object with fields."""
+    found = json.loads(sidecar)
+    return found.get(name) if isinstance(found, dict) else None
 
 
 def _as_label(value: object) -> str | None:

@@ -443,7 +443,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--labels", default="", metavar="COLUMN|FILE",
-        help="a column of TABLE, meta.NAME for a field of its sidecars, or a CSV, JSONL or Parquet of key and label",
+        help="a column of TABLE, meta.NAME for a field of its sidecars, or a CSV, TSV or Parquet of key and label",
     )  # fmt: skip
     for name, what in _TRAINING.items():
         default = _TRAIN_DEFAULTS[name]

@@ -12,6 +12,7 @@ import pytest
 
 from fusion_core import examples, fusers, training
 from fusion_core.examples import TrainError
+from fusion_core.labels import BadLabels
 from fusion_core.table import Table
 from schemas.feature_table import InputSpec, TableSpec
 from schemas.fuser import TrainJob
@@ -281,7 +282,7 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
         training.train(whole, QUICK, [foreign])
     with pytest.raises(TrainError, match="has no key of the table's"):
         training.train(whole, QUICK, [strange])
-    with pytest.raises(TrainError, match="no labels 'nowhere'"):
+    with pytest.raises(BadLabels, match="'nowhere' is no file"):
         training.train(whole, QUICK, labels="nowhere")
     with pytest.raises(TrainError, match="two classes at least"):
         training.train(whole, QUICK, labels="meta.kind")
