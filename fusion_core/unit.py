@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ _WINDOW_BYTES = 64 << 20  # of encoded images
 _PIECE_ROWS, _PIECE_BYTES, _PIECES_AHEAD = 32, 8 << 20, 8  # read while what came before is worked on
 _KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
 _DECODE_THREADS = 8  # ahead of a GPU
+NO_ROW = -1  # while no image is being decoded
 
 
 class InputChanged(RuntimeError):
@@ -42,11 +43,14 @@ class InputChanged(RuntimeError):
 
 @dataclass(frozen=True)
 class Work:
-    """A unit to run, with what earlier executions of it left: its record, and files that no record names."""
+    """A unit to run, with what earlier executions of it left: its record, files that no record names, and the rows
+    whose images ended their process, and how.
+    """
 
     unit: Unit
     previous: ManifestRecord | None = None
     stale: tuple[str, ...] = ()
+    crashes: Mapping[int, str] = field(default_factory=dict)
 
 
 def run_unit(
@@ -56,8 +60,10 @@ def run_unit(
     towers: Towers,
     batch: int = 16,
     done: Callable[[int], None] = lambda n: None,
+    decoding: Callable[[int], None] = lambda row: None,
 ) -> ManifestRecord:
-    """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples.
+    """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples, and
+    `decoding` of the row whose image is in work (nothing where threads decode ahead of a GPU).
 
     Equal images and equal captions are embedded once; those of the unit's earlier part keep their vectors. Raises
     InputChanged when the shard is not what was planned, OSError when it cannot be read or the part not be written.
@@ -67,11 +73,11 @@ def run_unit(
     check_identity(work.unit)
     known = earlier_vectors(output, spec, work.previous)
     with table.UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
-        stream = readers.read(work.unit, spec.input)
+        stream = without_crashes(readers.read(work.unit, spec.input), work.crashes)
         if towers.device != "cpu" or not files.is_local(work.unit.shard):
             stream = ahead(stream)  # beside a local disk, the thread costs a CPU more than it saves
         for window in windows(clock.each("read", stream)):
-            rows, letters = embed_images(window, spec, towers, known, batch, clock, done)
+            rows, letters = embed_images(window, spec, towers, known, batch, clock, done, decoding)
             embed_texts(rows, towers, known, batch, clock)
             with clock("fuse"):
                 table_rows = features(work.unit, rows, spec, output)
@@ -105,6 +111,15 @@ def ahead(stream: Iterable[Sample | DeadLetter]) -> Iterator[Sample | DeadLetter
         while piece := coming.popleft().result():
             coming.append(pool.submit(next, pieces, None))
             yield from piece
+
+
+def without_crashes(stream: Iterable[Sample | DeadLetter], crashes: Mapping[int, str]) -> Iterator[Sample | DeadLetter]:
+    """The items, with a dead letter in place of each sample whose image ended its process."""
+    for item in stream:
+        if item.row in crashes and isinstance(item, Sample):
+            message = f"while its image was decoded, the process {crashes[item.row]}"
+            item = DeadLetter(item.key, item.row, "decode", "DecoderCrashed", message, item.offset)
+        yield item
 
 
 def windows(stream: Iterable[Sample | DeadLetter]) -> Iterator[list[Sample | DeadLetter]]:
@@ -193,13 +208,14 @@ def embed_images(
     batch: int,
     clock: "Clock",
     done: Callable[[int], None],
+    decoding: Callable[[int], None] = lambda row: None,
 ) -> tuple[list[Row], list[DeadLetter]]:
     """The window's rows, their images embedded, and its dead letters: those that came and those that do not decode.
 
     Every forward has `batch` rows, so that neither a broken neighbour nor a later retry changes a bit of a vector.
     """
     rows, letters, waiting, told = list[Row](), list[DeadLetter](), list[Row](), 0
-    for item in clock.each("decode", decode(window, spec, known, threaded=towers.device != "cpu")):
+    for item in clock.each("decode", decode(window, spec, known, towers.device != "cpu", decoding)):
         if isinstance(item, DeadLetter):
             letters.append(item)
             continue
@@ -217,14 +233,24 @@ def embed_images(
 
 
 def decode(
-    window: Sequence[Sample | DeadLetter], spec: TableSpec, known: Known, threaded: bool
+    window: Sequence[Sample | DeadLetter],
+    spec: TableSpec,
+    known: Known,
+    threaded: bool,
+    decoding: Callable[[int], None] = lambda row: None,
 ) -> Iterator[Row | DeadLetter]:
     """The window's items in order, decoded; in threads ahead of the caller where the forward leaves the CPU idle."""
 
     def decode_one(item: Sample | DeadLetter) -> Row | DeadLetter:
         return item if isinstance(item, DeadLetter) else _decode_one(item, spec, known)
 
-    return in_threads(decode_one, window) if threaded else map(decode_one, window)
+    def decode_told(item: Sample | DeadLetter) -> Row | DeadLetter:
+        decoding(item.row)
+        decoded = decode_one(item)
+        decoding(NO_ROW)
+        return decoded
+
+    return in_threads(decode_one, window) if threaded else map(decode_told, window)
 
 
 def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLetter:

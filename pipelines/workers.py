@@ -1,7 +1,8 @@
 """Units worked on in processes of their own: on a CPU, threads of one process wait for the interpreter's lock.
 
 A process is started when a unit finds none idle, loads the towers once, and serves one unit after the other until this
-process ends. Whatever a decoder does to its process costs the unit that it worked on, not the job.
+process ends. Whatever a decoder does to its process costs one sample: the process notes which image it decodes, and
+where it crashed or hung at one, the unit is run again without it.
 
 They are forked from a server that has nothing but imports behind it: neither Beam's threads nor a storage client's are
 in it, and what it has imported is shared.
@@ -18,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver
 from typing import Any
 
@@ -38,6 +39,8 @@ _LASTING = (
     errno.EISDIR,
 )
 _READY, _END = "are you ready?", "end"
+_STUCK_SECONDS = 120.0  # at one image: the largest that are allowed take some seconds
+_CRASHES = 20  # in one unit: more are no accident of single images
 _LOCK = threading.Lock()
 _IDLE: list["Worker"] = []
 
@@ -65,22 +68,47 @@ class Worker:
 
     def __init__(self, spec: TowerSpec, device: str, pretrained: str):
         self.towers = (spec, device, pretrained)
+        self._start()
+
+    def _start(self) -> None:
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs, *self.towers), name="fusion-worker", daemon=True)
+        self._row = _CONTEXT.RawValue("q", unit.NO_ROW)  # whose image is being decoded
+        given = (theirs, self._row, *self.towers)
+        self._process = _CONTEXT.Process(target=_serve, args=given, name="fusion-worker", daemon=True)
         self._process.start()
         theirs.close()
 
     def run(self, order: Order, done: Callable[[int], None]) -> ManifestRecord | Failure:
         """The unit's record, or why it failed; `done` hears of finished samples."""
-        try:
-            self._connection.send(order)
-            while isinstance(said := self._connection.recv(), int):
-                done(said)
-        except (EOFError, ConnectionError):
-            self._process.join()
-            return Failure(f"{order.work.unit.shard}: its process {_how_ended(self._process.exitcode or 0)}")
-        result: ManifestRecord | Failure = said
-        return result
+        while True:
+            told = 0
+            try:
+                self._connection.send(order)
+                while isinstance(said := self._heard(), int):
+                    told += said
+                    done(said)
+                result: ManifestRecord | Failure = said
+                return result
+            except (EOFError, ConnectionError):
+                self._process.join()
+            row, code, work = self._row.value, self._process.exitcode or 0, order.work
+            why = "hung" if code == -signal.SIGALRM else _how_ended(code)
+            if row == unit.NO_ROW or code in (0, -signal.SIGKILL) or len(work.crashes) == _CRASHES:
+                return Failure(f"{work.unit.shard}: its process {why}")
+            done(-told)  # those samples are to come again
+            order = replace(order, work=replace(work, crashes={**work.crashes, row: why}))
+            self._start()
+
+    def _heard(self) -> Any:
+        """What the process says next; one that hangs at an image is ended."""
+        row, since = unit.NO_ROW, time.monotonic()
+        while not self._connection.poll(_STUCK_SECONDS / 10):
+            now = self._row.value
+            if now != row or now == unit.NO_ROW:
+                row, since = now, time.monotonic()
+            elif time.monotonic() - since > _STUCK_SECONDS and self._process.pid is not None:
+                os.kill(self._process.pid, signal.SIGALRM)
+        return self._connection.recv()
 
     def wait(self) -> None:
         """Returns when the towers are loaded; a process that failed to says so at its first unit."""
@@ -136,8 +164,14 @@ def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def attempt(order: Order, model: towers.Towers, done: Callable[[int], None]) -> ManifestRecord | Failure:
+def attempt(
+    order: Order,
+    model: towers.Towers,
+    done: Callable[[int], None],
+    decoding: Callable[[int], None] = lambda row: None,
+) -> ManifestRecord | Failure:
     """Runs a unit in this process: its record, or why it failed, tried again while storage may only have stumbled."""
+    batch = order.batch or model.batch
     told = 0
 
     def count(n: int) -> None:
@@ -147,7 +181,7 @@ def attempt(order: Order, model: towers.Towers, done: Callable[[int], None]) -> 
 
     for pause in (*_PAUSES_SECONDS, None):
         try:
-            return unit.run_unit(order.work, order.output, order.spec, model, order.batch or model.batch, count)
+            return unit.run_unit(order.work, order.output, order.spec, model, batch, count, decoding)
         except Exception as error:
             if pause is None or not isinstance(error, OSError) or error.errno in _LASTING:
                 trace = "" if isinstance(error, OSError) else traceback.format_exc()
@@ -170,14 +204,16 @@ def _how_ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed, as by a system out of memory: fewer --workers need less"
     if code < 0:
-        return (
-            f"crashed ({signal.Signals(-code).name}): run the command again; if it crashes again, a file in it does it"
-        )
+        return f"crashed ({signal.Signals(-code).name})"
     return f"ended with exit code {code}; what it wrote to stderr says why"
 
 
-def _serve(orders: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
+def _serve(orders: Any, row: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
     """What a worker's process does."""
+
+    def decoding(now: int) -> None:
+        row.value = now
+
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     logging.basicConfig(level=logging.ERROR)
     warnings.simplefilter("ignore")
@@ -198,7 +234,7 @@ def _serve(orders: Any, spec: TowerSpec, device: str, pretrained: str) -> None:
         elif isinstance(model, Exception):
             orders.send(Failure(_explain(order.work.unit.shard, model)))
         else:
-            orders.send(attempt(order, model, orders.send))
+            orders.send(attempt(order, model, orders.send, decoding))
 
 
 def _end_with_launcher() -> None:

@@ -84,6 +84,7 @@ ERRORS = {
     "UnsupportedImage": "an image format or pixel type that is not read",
     "TruncatedImage": "the image ends early: fetch it again",
     "CorruptImage": "the image's data is damaged: fetch it again",
+    "DecoderCrashed": "the decoder crashed or hung at it, which cost its process: fetch the image again, and report it",
     "TooManyPixels": "more pixels than --max-pixels",
     "TooManyBytes": "more bytes than --max-image-bytes (images) or the limit of captions and sidecars",
     "ImageNotEmbedded": "the row names a path but holds no bytes: embed the images, or use a listing",

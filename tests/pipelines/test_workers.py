@@ -14,6 +14,8 @@ from pipelines import cli, workers
 from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
 from tests.corpora import pairs, write_tar
 
+ROOT = Path(__file__).parents[2]
+
 
 def command(folder: Path) -> list[str]:
     return ["embed", "--input", f"{folder}/*.tar", "--output", f"{folder}/table", "--model", towers.DEMO, "--quiet"]
@@ -65,8 +67,8 @@ def test_what_happens_to_a_process_costs_its_unit_only(tmp_path: Path) -> None:
     with workers.borrowed(first.spec.tower, "cpu", "") as worker:
         pid = worker._process.pid
         assert pid is not None
-        failure = worker.run(first, lambda n: os.kill(pid, signal.SIGSEGV))
-    assert isinstance(failure, workers.Failure) and "a.tar: its process crashed (SIGSEGV)" in failure.why
+        failure = worker.run(first, lambda n: os.kill(pid, signal.SIGKILL))
+    assert isinstance(failure, workers.Failure) and "a.tar: its process was killed" in failure.why
     with workers.borrowed(second.spec.tower, "cpu", "") as worker:
         assert isinstance(worker.run(second, lambda n: None), ManifestRecord)
     assert [record.unit.shard for record in table.Table.open(str(tmp_path / "table")).records] == [
@@ -74,6 +76,48 @@ def test_what_happens_to_a_process_costs_its_unit_only(tmp_path: Path) -> None:
     ]
     with workers.borrowed(first.spec.tower, "cpu", "") as worker:
         assert isinstance(worker.run(first, lambda n: None), ManifestRecord)
+
+
+BROKEN_DECODER = """
+import os, signal, time, simplejpeg
+decode = simplejpeg.decode_jpeg
+def broken(data, *args, **options):
+    if b"crash here" in data:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if b"hang here" in data:
+        time.sleep(1000)
+    return decode(data, *args, **options)
+simplejpeg.decode_jpeg = broken
+"""
+
+
+def test_an_image_at_which_its_process_crashes_or_hangs_costs_no_neighbour(tmp_path: Path) -> None:
+    members = pairs(40)
+    for row, comment in ((7, b"crash here"), (21, b"hang here"), (39, b"crash here")):
+        name, image = members[3 * row]
+        marked = image[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + image[2:]
+        members[3 * row] = (name, marked)
+    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "b.tar", pairs(3))
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_DECODER)
+    code = (
+        "import sys; from pipelines import cli, workers; workers._STUCK_SECONDS = 1.0; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", code, *command(tmp_path), "--workers", "2"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    made = table.Table.open(str(tmp_path / "table"))
+    letters = made.dead_letters().to_pylist()
+    assert [(letter["row"], letter["error"]) for letter in letters] == [(row, "DecoderCrashed") for row in (7, 21, 39)]
+    assert [letter["message"].split("process ")[1] for letter in letters] == [
+        "crashed (SIGSEGV)",
+        "hung",
+        "crashed (SIGSEGV)",
+    ]
+    assert made.num_rows == 37 + 3
+    assert cli.main(["retry", str(tmp_path / "table"), "--quiet"]) == 0, "where the decoder is a sound one"
+    assert table.Table.open(str(tmp_path / "table")).num_rows == 43
 
 
 def test_towers_that_cannot_be_had_are_said(tmp_path: Path) -> None:
