@@ -251,7 +251,10 @@ def _read_record(where: str) -> FuserRecord:
     record = records.from_json(FuserRecord, data, where)
     minor = record.schema_version.partition(".")[2]
     if minor.isdecimal() and int(minor) <= int(FuserRecord.schema_version.partition(".")[2]):
-        unknown = _unknown(msgspec.json.decode(data), msgspec.to_builtins(record))
+        try:
+            unknown = _unknown(msgspec.json.decode(data), msgspec.to_builtins(record))
+        except records.NOT_JSON as error:
+            raise FuserError(f"{where} is damaged ({error}): copy or train the fuser anew") from error
         if unknown:
             raise FuserError(f"{where} has a field that no fuser of version {record.schema_version} has: {unknown}")
     return record

@@ -180,7 +180,7 @@ def _read_records(place: str, brief: bool) -> tuple[str, list[ManifestRecord] | 
             blobs = itertools.chain.from_iterable(batch["record"].to_pylist() for batch in batches)
         found = (records.from_json(ManifestRecord, blob, place) for blob in blobs)
         return place, [_brief(record) for record in found] if brief else list(found)
-    except (msgspec.DecodeError, pa.ArrowException, OSError):
+    except (*records.NOT_JSON, pa.ArrowException, OSError):
         return place, None
 
 
@@ -576,16 +576,21 @@ class Table:
 
     def dead_letters(self) -> pa.Table:
         """All dead letters, in manifest order."""
-        found = [self.read_part(record.dead_letters) for record in self.records if record.dead_letters]
+        found = []
+        for part in (record.dead_letters for record in self.records):
+            if part:
+                found.append(self.read_part(part))
+                if not found[-1].schema.equals(DEAD_LETTERS):
+                    raise self._damaged(part, "it has not the columns of dead letters")
         return pa.concat_tables(found) if found else DEAD_LETTERS.empty_table()
 
     def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-        """One part, whole."""
-        with files.open_input(files.join(self.place, part.path)) as stream:
+        """One part, whole; raises TableError where its file is damaged."""
+        with self._opened(part) as stream:
             return pq.read_table(stream, columns=columns)
 
     def _part_batches(self, part: Part, columns: Sequence[str] | None, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        with files.open_input(files.join(self.place, part.path)) as stream, pq.ParquetFile(stream) as source:
+        with self._opened(part) as stream, pq.ParquetFile(stream) as source:
             missing = [name for name in columns or () if name not in source.schema_arrow.names]
             if missing:
                 raise SchemaMismatch(f"{part.path} has no column {missing[0]!r}; it has {source.schema_arrow.names}")
@@ -594,11 +599,25 @@ class Table:
 
     def _take_part(self, part: Part, rows: np.ndarray, columns: Sequence[str] | None) -> pa.Table:
         """Rows (sorted) of one part, reading only the row groups that hold them."""
-        with files.open_input(files.join(self.place, part.path)) as stream, pq.ParquetFile(stream) as source:
+        with self._opened(part) as stream, pq.ParquetFile(stream) as source:
             groups = np.unique(rows // ROW_GROUP_ROWS)
             table = source.read_row_groups(groups.tolist(), columns=columns)
             shift = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
             return table.take(pa.array(rows % ROW_GROUP_ROWS + shift))
+
+    @contextlib.contextmanager
+    def _opened(self, part: Part) -> Iterator[Any]:
+        try:
+            with files.open_input(files.join(self.place, part.path)) as stream:
+                yield stream
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None):  # the storage failed: Arrow tells damage without a number
+                raise
+            raise self._damaged(part, str(error).strip()) from error
+
+    def _damaged(self, part: Part, why: str) -> TableError:
+        where = files.join(self.place, part.path)
+        return TableError(f"{where} is damaged ({why}): `fusion verify --repair` makes it anew")
 
 
 def _sums(found: Iterable[dict[str, NumberT]]) -> dict[str, NumberT]:

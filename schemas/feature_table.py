@@ -1,7 +1,7 @@
 """The feature table's contract: its spec (table.json), the Arrow schema of its parts, and its manifest records."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import pyarrow as pa
@@ -86,10 +86,14 @@ class TableSpec:
         return records.fingerprint(decisive)
 
 
+# A record may come with a table that somebody else made: no path in it leads out of the table's folder.
+PathBelow = Annotated[str, msgspec.Meta(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
+
+
 class Part(msgspec.Struct, frozen=True, gc=False):
     """One Parquet file of a table, by its path below the table."""
 
-    path: str
+    path: PathBelow
     rows: int
     size_bytes: int
     sha256: str

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 VERSION = "1.0"
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for bytes that are none
 
 RecordT = TypeVar("RecordT")
 
@@ -29,7 +30,7 @@ def from_json(kind: type[RecordT], data: bytes, where: str) -> RecordT:
     """The record in `data`; raises SchemaMismatch naming `where` when it is another version or not such a record."""
     try:
         record: RecordT = _decoder(cast(Any, kind)).decode(data)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         _check_version(data, where)
         raise SchemaMismatch(f"{where} is not a {kind.__name__} record: {error}") from error
     if not _is_readable(getattr(record, "schema_version", "")):
@@ -50,7 +51,7 @@ def _check_version(data: bytes, where: str) -> None:
     """Raises SchemaMismatch where the data says that it is of another version."""
     try:
         version = msgspec.json.decode(data, type=_Versioned).schema_version
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return
     if not _is_readable(version):
         raise SchemaMismatch(

@@ -1,7 +1,7 @@
 """What travels inside a job: the unit of work, the sample, and the dead letter of a sample that could not be used."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import pyarrow as pa
@@ -24,7 +24,7 @@ class Unit(msgspec.Struct, frozen=True, gc=False):
     a tar, which is always one unit. `first_row` is the row number, in the shard, of the unit's first sample.
     """
 
-    id: str
+    id: Annotated[str, msgspec.Meta(pattern=r"^[\w-][\w.-]*$")]  # names files
     layout: Layout
     shard: str
     identity: InputIdentity
