@@ -594,8 +594,12 @@ class Table:
             missing = [name for name in columns or () if name not in source.schema_arrow.names]
             if missing:
                 raise SchemaMismatch(f"{part.path} has no column {missing[0]!r}; it has {source.schema_arrow.names}")
+            rows = 0
             for batch in source.iter_batches(batch_rows, columns=columns):
+                rows += batch.num_rows
                 yield batch.select(list(columns)) if columns is not None else batch
+            if rows != part.rows:
+                raise self._damaged(part, f"it has {rows} rows, recorded {part.rows}")
 
     def _take_part(self, part: Part, rows: np.ndarray, columns: Sequence[str] | None) -> pa.Table:
         """Rows (sorted) of one part, reading only the row groups that hold them."""

@@ -51,6 +51,7 @@ class Door:
         try:
             self.enter(folder, name, data)
         except self.allowed as error:
+            assert not isinstance(error, OSError) or error.errno, "the storage's error, not a parser's"
             assert 0 < len(str(error)) < 2_000, "a message that can be read"
 
 
@@ -167,7 +168,7 @@ def feature_table(scratch: Path) -> Door:
         opened.dead_letters()
         opened.sample(2)
 
-    return Door(whole, enter, (table.TableError, SchemaMismatch, FileNotFoundError))
+    return Door(whole, enter, (table.TableError, SchemaMismatch, OSError))
 
 
 def fuser(scratch: Path) -> Door:
