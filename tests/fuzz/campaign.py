@@ -182,7 +182,8 @@ def _guided(name: str, minutes: float, found: Path) -> int:
         )
         return bytes(changed[:max_size])
 
-    options = [f"-max_total_time={int(60 * minutes)}", "-timeout=30", "-rss_limit_mb=6000", "-max_len=65536"]
+    longest = 2 * max(len(data) for _, data in door.seeds)
+    options = [f"-max_total_time={int(60 * minutes)}", "-timeout=30", "-rss_limit_mb=6000", f"-max_len={longest}"]
     argv = [sys.argv[0], *options, f"-artifact_prefix={found}/{name}-", str(folder / "corpus")]
     atheris.Setup(argv, one, custom_mutator=mutate)
     atheris.Fuzz()

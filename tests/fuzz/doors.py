@@ -11,6 +11,7 @@ import random
 import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,8 +222,8 @@ _ODD_JSON = (None, -1, 0, 1e308, 1 << 70, "", "x" * 300, "../../etc/passwd", "\u
 def damaged(data: bytes, seeds: Sequence[tuple[str, bytes]], rng: random.Random) -> bytes:
     """A file made of a good one: bytes or numbers changed, pieces cut, repeated or taken from another file; of JSON
     also one value; of a tar also with header checksums made right again."""
-    if data[:1] == b"{" and data[-1:] in b"}\n" and rng.random() < 0.6:
-        return b"\n".join(_odd_json(line, rng) if rng.random() < 0.5 else line for line in _records(data))
+    if (lines := _json_lines(data)) and rng.random() < 0.6:
+        return b"\n".join(_odd_json(line, rng) if rng.random() < 0.5 else line for line in lines)
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(len(changed) + 1)
@@ -250,19 +251,22 @@ def damaged(data: bytes, seeds: Sequence[tuple[str, bytes]], rng: random.Random)
     return _checksummed(changed) if data[257:262] == b"ustar" and rng.random() < 0.7 else bytes(changed)
 
 
-def _records(data: bytes) -> list[bytes]:
-    """The JSON records in a file: one, or one a line."""
-    try:
-        json.loads(data)
-    except ValueError:
-        return data.splitlines()
-    return [data]
+def _json_lines(data: bytes) -> list[bytes]:
+    """The JSON records in a file, one or one a line; nothing where it does not hold such."""
+    if data[:1] != b"{":
+        return []
+    for lines in ([data], data.splitlines()):
+        with suppress(ValueError):
+            if all(isinstance(json.loads(line), dict) for line in lines):
+                return lines
+    return []
 
 
 def _odd_json(data: bytes, rng: random.Random) -> bytes:
     record = json.loads(data)
-    holder, key = rng.choice(list(_leaves(record)))
-    holder[key] = rng.choice(_ODD_JSON)
+    if leaves := list(_leaves(record)):
+        holder, key = rng.choice(leaves)
+        holder[key] = rng.choice(_ODD_JSON)
     return json.dumps(record).encode("utf-8", "surrogatepass")
 
 
