@@ -150,7 +150,12 @@ class Shards:
         chosen = bitmap = None
         if allowed is not None:
             chosen, bitmap = vectors.selector(rows.numbers(allowed)[1], rows.n_numbers)
-        scores, numbers = shard.search(queries, k, parameters, chosen)
+        try:
+            scores, numbers = shard.search(queries, k, parameters, chosen)
+        except RuntimeError as error:  # FAISS looks at what it was given
+            raise BadIndex(f"the index's vectors are damaged ({error}): copy or build it anew") from error
+        if numbers.max(initial=-1) >= rows.n_numbers:
+            raise BadIndex(f"the index's vectors are damaged (number {numbers.max()}): copy or build it anew")
         del bitmap
         return scores, rows.ids(numbers)
 

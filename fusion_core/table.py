@@ -591,6 +591,7 @@ class Table:
 
     def _part_batches(self, part: Part, columns: Sequence[str] | None, batch_rows: int) -> Iterator[pa.RecordBatch]:
         with self._opened(part) as stream, pq.ParquetFile(stream) as source:
+            self._check_columns(part, source.schema_arrow)
             missing = [name for name in columns or () if name not in source.schema_arrow.names]
             if missing:
                 raise SchemaMismatch(f"{part.path} has no column {missing[0]!r}; it has {source.schema_arrow.names}")
@@ -604,6 +605,7 @@ class Table:
     def _take_part(self, part: Part, rows: np.ndarray, columns: Sequence[str] | None) -> pa.Table:
         """Rows (sorted) of one part, reading only the row groups that hold them."""
         with self._opened(part) as stream, pq.ParquetFile(stream) as source:
+            self._check_columns(part, source.schema_arrow)
             groups = np.unique(rows // ROW_GROUP_ROWS)
             table = source.read_row_groups(groups.tolist(), columns=columns)
             shift = np.searchsorted(groups, rows // ROW_GROUP_ROWS) * ROW_GROUP_ROWS
@@ -618,6 +620,10 @@ class Table:
             if getattr(error, "errno", None):  # the storage failed: Arrow tells damage without a number
                 raise
             raise self._damaged(part, str(error).strip()) from error
+
+    def _check_columns(self, part: Part, found: pa.Schema) -> None:
+        if not found.equals(self.schema):
+            raise self._damaged(part, "its columns are not those of the table")
 
     def _damaged(self, part: Part, why: str) -> TableError:
         where = files.join(self.place, part.path)

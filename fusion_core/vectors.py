@@ -448,5 +448,5 @@ def read(path: str, kind: Kind | None = None, writable: bool = False) -> Any:
     legacy = kind is not None and kind.text == LEGACY_FLAT
     try:
         return faiss.read_index(path, 0 if legacy or writable else faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # it believes the lengths in a damaged file
         raise ValueError(f"{path} cannot be read by FAISS {faiss.__version__}") from error

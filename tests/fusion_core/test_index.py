@@ -449,13 +449,15 @@ def test_a_file_that_is_missing_is_named(built: Path) -> None:
         Index.open(str(built / "nowhere"))
 
 
+def with_path(record: IndexRecord, path: str) -> IndexRecord:
+    return replace(record, vectors=msgspec.structs.replace(record.vectors, path=path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda r: replace(r, vectors=msgspec.structs.replace(r.vectors, path="../../etc/passwd")),
-            "none of an index.*passwd",
-        ),
+        (lambda r: with_path(r, "../../etc/passwd"), "matching regex.*vectors.path"),
+        (lambda r: with_path(r, "passwd"), "none of an index.*passwd"),
         (lambda r: replace(r, factory="IVF16,PQ8"), "IVF16,PQ8"),
         (lambda r: replace(r, metric="l2"), "'l2'"),
         (lambda r: replace(r, rows_indexed=10**6), "1000000 indexed of 700"),

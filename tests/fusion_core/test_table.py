@@ -298,3 +298,47 @@ def test_a_brief_manifest_lacks_only_what_units_cost(tmp_path: Path) -> None:
             assert record.seconds and record.versions
             assert brief.by_unit[unit] == msgspec.structs.replace(record, seconds={}, versions={}, finished_at="")
         table.compact(str(tmp_path))
+
+
+def test_a_part_that_is_not_what_its_record_says_is_named_when_it_is_read(tmp_path: Path) -> None:
+    record = write_unit(tmp_path, toy_unit(), range(20), dead=[20])
+    assert record.features is not None and record.dead_letters is not None
+    part, letters = tmp_path / record.features.path, tmp_path / record.dead_letters.path
+    whole = pq.read_table(part)
+    opened = table.Table.open(str(tmp_path))
+
+    def refuse(why: str) -> None:
+        with pytest.raises(table.TableError, match=f"{record.features.path} is damaged .*{why}.*--repair"):  # type: ignore[union-attr]
+            list(opened.scan())
+
+    pq.write_table(whole.slice(0, 19), part)
+    refuse("19 rows, recorded 20")
+    pq.write_table(whole.rename_columns(["kex", *whole.column_names[1:]]), part)
+    refuse("columns are not those of the table")
+    with pytest.raises(table.TableError, match="columns are not"):
+        opened.take([3])
+    part.write_bytes(b"PAR1 this is no part PAR1")
+    refuse("")
+    pq.write_table(pa.table({"key": ["k20"]}), letters)
+    with pytest.raises(table.TableError, match="not the columns of dead letters"):
+        opened.dead_letters()
+
+
+@pytest.mark.parametrize("harm", [b'{"unit": "\xff"}', b'{"a":' * 5000])
+def test_bytes_that_are_no_json_are_a_damaged_record(tmp_path: Path, harm: bytes) -> None:
+    write_unit(tmp_path, toy_unit(), range(3))
+    (path,) = (tmp_path / "manifest").iterdir()
+    path.write_bytes(harm)
+    with pytest.raises(table.TableError, match="damaged"):
+        table.Table.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["../outside.parquet", "/etc/passwd", "features/../../outside.parquet", "a//b"])
+def test_no_record_names_a_file_outside_of_its_table(tmp_path: Path, path: str) -> None:
+    write_unit(tmp_path, toy_unit(), range(3))
+    (place,) = (tmp_path / "manifest").iterdir()
+    record = json.loads(place.read_bytes())
+    record["features"]["path"] = path
+    place.write_text(json.dumps(record))
+    with pytest.raises(SchemaMismatch, match=r"matching regex.*features\.path"):
+        table.Table.open(str(tmp_path))

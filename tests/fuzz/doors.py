@@ -5,6 +5,7 @@ add up.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -203,6 +204,27 @@ def retrieval_index(scratch: Path) -> Door:
     return Door(whole, enter, (index.BadIndex, SchemaMismatch))
 
 
+def forged_index(scratch: Path) -> Door:
+    """The vectors of an index, with a record that calls them right: FAISS itself reads them."""
+    image, text = (toy_vectors(range(4_000), 16, salt) for salt in ("image", "text"))
+    rows = write_vectors(scratch / "table", image, text, SPEC)
+    build.build(rows, str(scratch / "index"), factory="IVF1,PQ8x4fs,Refine(SQ8)")
+    whole = _folder(scratch / "index")
+    queries = np.asarray(toy_vectors(range(2), 16, "fuzz"), np.float32)
+
+    def enter(folder: Path, name: str, data: bytes) -> None:
+        place = Path(_instead(whole, folder, name, data))
+        record = json.loads((place / "index.json").read_bytes())
+        for holder, key in list(_leaves(record)):
+            if key == "path" and holder[key] == name:
+                holder |= {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (place / "index.json").write_text(json.dumps(record))
+        index.Index.open(str(place)).search(queries, 3)
+
+    read = [one for one in whole if one[0].startswith(("vectors", "refine", "rows"))]
+    return Door(tuple(read), enter, (index.BadIndex, SchemaMismatch))
+
+
 DOORS: dict[str, Callable[[Path], Door]] = {
     "tar": tar,
     "parquet": parquet,
@@ -211,6 +233,7 @@ DOORS: dict[str, Callable[[Path], Door]] = {
     "table": feature_table,
     "fuser": fuser,
     "index": retrieval_index,
+    "forged index": forged_index,
 }
 
 # --- damage ---------------------------------------------------------------------------------------------------------
