@@ -1,5 +1,5 @@
 # Two commands: `make demo` shows the whole way, `make test` checks it. Each sets up what it needs.
-.PHONY: demo test setup requirements clean
+.PHONY: demo test setup requirements audit clean
 
 setup: .venv/ready
 
@@ -18,6 +18,10 @@ test: setup
 # Compile the pins anew from pyproject.toml.
 requirements: setup
 	infra/compile-requirements.sh
+
+# Look the pins up: withdrawn releases, known vulnerabilities.
+audit: setup
+	infra/audit.sh
 
 clean:
 	rm -rf .venv demo-output
