@@ -6,6 +6,7 @@ Rows are read forward in batches and nothing is unpickled. Pictures are not seen
 
 import re
 import time
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +37,11 @@ _MAX_SIDE = 2**31 - 1
 _UNIT_LENGTH = 1e-3  # how far from 1 rounding to float16 takes a unit vector at most
 _CHECKED_CAPTIONS = 32
 _SAME_COSINE = 0.99  # fp16 on a GPU and fp32 here agree to 0.9999; another activation function gives 0.95 or less
+
+# What numpy raises on a damaged header, which it parses as Python.
+_NO_HEADER = (
+    ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, RecursionError, MemoryError
+)  # fmt: skip
 
 
 class BadImport(ValueError):
@@ -175,7 +181,7 @@ def _header(entry: files.Entry) -> Npy:
     with files.open_input(entry.place) as stream:
         try:
             shape, is_fortran, kind = read[form.read_magic(stream)](stream)
-        except (ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        except _NO_HEADER as error:
             raise BadImport(f"{entry.place} is not a readable .npy file: {error}: copy it again") from error
         first = stream.tell()
     if kind.kind != "f" or kind.itemsize > 8 or len(shape) != 2 or is_fortran or shape[1] < 1:
@@ -341,7 +347,11 @@ def _unfolded(values: dict[str, object]) -> dict[str, object]:
 def _columns(schema: pa.Schema, place: str) -> Columns:
     if len(set(schema.names)) < len(schema.names):
         raise BadImport(f"{place} has two columns of one name; it has {fields.describe(schema)}: rename one")
-    known = [item.name for item in schema if fields.is_jsonable(item.type) and not item.name.startswith("__index_")]
+    known = [item.name for item in schema if _is_readable(item.type) and not item.name.startswith("__index_")]
     key = next((name for name in _KEYS if name in known), "")
     caption, url = (name if name in known else "" for name in ("caption", "url"))
     return Columns(caption=caption, key=key, url=url, rest=tuple(n for n in known if n not in (key, caption, url)))
+
+
+def _is_readable(kind: pa.DataType) -> bool:  # pandas writes a column without any value as one of nulls
+    return fields.is_jsonable(kind) or bool(pa.types.is_null(kind))
