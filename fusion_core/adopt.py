@@ -284,16 +284,20 @@ def unit_length(matrix: np.ndarray) -> np.ndarray:
 
     Rows of float16 whose length is 1 up to rounding stay as they are, to the bit.
     """
-    exact = matrix.astype(np.float64)
+    found, wanting = np.empty(matrix.shape, np.float16), np.ones(len(matrix), bool)
+    if matrix.dtype.itemsize == 2:
+        found[:] = given = matrix.astype(np.float32)
+        wanting = ~(np.abs(np.sqrt(np.einsum("nd,nd->n", given, given)) - 1) < _UNIT_LENGTH)
+    if wanting.any():
+        found[wanting] = _brought_to_it(matrix[wanting].astype(np.float64))
+    return found
+
+
+def _brought_to_it(exact: np.ndarray) -> np.ndarray:
     exact[~np.isfinite(exact).all(axis=1)] = 0
     exact /= np.maximum(np.abs(exact).max(axis=1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
     lengths = np.sqrt(np.einsum("nd,nd->n", exact, exact))
-    found = (exact / np.where(lengths > 0, lengths, 1)[:, None]).astype(np.float16)
-    if matrix.dtype.itemsize == 2:
-        given = matrix.astype(np.float32)
-        kept = np.abs(np.sqrt(np.einsum("nd,nd->n", given, given)) - 1) < _UNIT_LENGTH
-        found[kept] = matrix[kept]
-    return found
+    return (exact / np.where(lengths > 0, lengths, 1)[:, None]).astype(np.float16)
 
 
 def _row(
