@@ -186,6 +186,11 @@ class Duplicates:
 def _check_spec(spec: DedupSpec, table: Table) -> None:
     if spec.near_bits is not None and not 0 <= spec.near_bits <= MAX_NEAR_BITS:
         raise BadDuplicates(f"near bits are 0 to {MAX_NEAR_BITS} of 64, not {spec.near_bits}: beyond, all is alike")
+    if spec.near_bits is not None and table.spec.imported:
+        raise BadDuplicates(
+            f"near pictures are found by reading them again, and {table.place} was imported without its pictures: "
+            "ask for near vectors (--cosine) instead"
+        )
     if spec.cosine is not None and not 0 < spec.cosine <= 1:
         raise BadDuplicates(f"a cosine is above 0 and at most 1, e.g. 0.95; not {spec.cosine}")
     if spec.keep not in Keep.__args__:  # type: ignore[attr-defined]

@@ -53,6 +53,9 @@ class Feed(IterableDataset[Batch]):
     all have the same number of full batches, as DistributedDataParallel needs: fewer than world_size * batch_rows rows,
     others in each epoch, are then left out. Memory is that of two buffers of `buffer_rows` rows, in each loader worker.
 
+    It resumes mid-epoch by itself under torchdata's StatefulDataLoader (`state_dict` and `load_state_dict` of the
+    loader, with or without workers), and under a plain DataLoader by its own `state_dict`.
+
     With a table on an object store, start loader workers with multiprocessing_context="spawn".
     Raises TableError for a column that is not there, and ValueError for numbers that make no sense.
     """

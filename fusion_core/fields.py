@@ -83,7 +83,7 @@ def find_columns(schema: pa.Schema, spec: InputSpec, place: str) -> Columns:
     key = _pick(schema, "key", spec.key_column, KEY_COLUMNS, _is_scalar, place)
     url = _pick(schema, "url", spec.url_column, URL_COLUMNS, is_text, place)
     taken = {image, caption, key, url}  # not the path: it stays visible in `meta`
-    rest = tuple(field.name for field in schema if field.name not in {*taken, path} and _is_jsonable(field.type))
+    rest = tuple(field.name for field in schema if field.name not in {*taken, path} and is_jsonable(field.type))
     return Columns(image, path, caption, key, url, rest)
 
 
@@ -145,14 +145,15 @@ def _is_caption(kind: pa.DataType) -> bool:
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
-    return _is_caption(kind) or (_is_jsonable(kind) and not pat.is_nested(kind))
+    return _is_caption(kind) or (is_jsonable(kind) and not pat.is_nested(kind))
 
 
-def _is_jsonable(kind: pa.DataType) -> bool:
+def is_jsonable(kind: pa.DataType) -> bool:
+    """Whether values of this type can stand in `meta`."""
     if pat.is_dictionary(kind):
-        return _is_jsonable(kind.value_type)
+        return is_jsonable(kind.value_type)
     if pat.is_nested(kind):
-        return not pat.is_union(kind) and all(_is_jsonable(kind.field(i).type) for i in range(kind.num_fields))
+        return not pat.is_union(kind) and all(is_jsonable(kind.field(i).type) for i in range(kind.num_fields))
     return is_text(kind) or bool(
         pat.is_boolean(kind)
         or pat.is_integer(kind)
@@ -186,7 +187,7 @@ def row_texts(values: Mapping[str, object], columns: Columns) -> tuple[str | Non
     _check_text(url, "meta", "MetadataNotJson", f"column {columns.url!r}")
     taken = (columns.image, columns.caption, columns.key, columns.url)
     rest = {name: value for name, value in values.items() if name not in taken}
-    return caption, url, _to_json(rest) if rest else None  # type: ignore[return-value]
+    return caption, url, to_json(rest) if rest else None  # type: ignore[return-value]
 
 
 def _check_text(value: object, stage: str, error: str, what: str) -> None:
@@ -209,7 +210,8 @@ def _utf8_bytes(value: str, stage: str, error: str, what: str) -> int:
         raise Rejected(stage, error, f"{what} is not UTF-8 at character {problem.start}") from problem
 
 
-def _to_json(values: Mapping[str, object]) -> str:
+def to_json(values: Mapping[str, object]) -> str:
+    """The values as a JSON object, for `meta`; raises Rejected."""
     for name, value in values.items():
         if isinstance(value, Unreadable):
             raise Rejected("meta", "MetadataNotJson", f"column {name!r}: {value.message}")

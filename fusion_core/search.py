@@ -469,7 +469,7 @@ def fetch_image(row: Mapping[str, Any], max_bytes: int = 64 << 20, spec: InputSp
     where the shard no longer holds the picture that was embedded, and OSError where it cannot be read.
     """
     if row["sha256"] is None:
-        raise NoImage(f"row {row['row']} of {row['shard']} has no image")
+        raise NoImage(f"row {row['row']} of {row['shard']} has no image, or was imported without it")
     for picture in _pictures(row, max_bytes, spec or InputSpec()):
         if hashlib.sha256(picture).digest() == row["sha256"]:
             return picture

@@ -148,8 +148,8 @@ def cut(stream: Iterable[Sample | DeadLetter], rows: int, size_bytes: int) -> It
 class KnownImage:
     """An image that was seen before: its size as decoded, and its vector, float16 [D], once it is embedded."""
 
-    width: int
-    height: int
+    width: int | None  # None: an imported row's, where it is not told
+    height: int | None
     vector: np.ndarray | None = None
 
 

@@ -76,6 +76,7 @@ def _expected(error: Exception) -> int | None:
         "BadColumns",
         "BadEvaluation",
         "BadExport",
+        "BadImport",
         "BadLabels",
         "ServeError",
         "TrainError",
@@ -158,6 +159,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
     spec = feature_table.spec
+    _check_not_imported(spec, feature_table.place)
     broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
     if not broken:
         print(f"{feature_table.place}: no dead letters")
@@ -166,6 +168,16 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     towers.for_spec(spec.tower, args.device, args.pretrained)
     planned = plan.compare(broken, feature_table.place, spec, redo=lambda record: record.rows_dead > 0)
     return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
+
+
+def _check_not_imported(spec: "TableSpec", place: str) -> None:
+    if spec.imported:
+        from fusion_core import table
+
+        raise table.TableError(
+            f"{place} was imported, not embedded here: repair the files it came from, delete the parts that are "
+            "damaged and run `fusion import` again; it does anew what has changed or is missing"
+        )
 
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
@@ -265,6 +277,7 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     runner.check_beam_options(rest, vars(args))
     spec = table.read_spec(place)
     assert spec is not None  # the table was just verified
+    _check_not_imported(spec, place)
     broken = sorted(set(table.shards_of(place, units)))
     if not broken:
         return DONE
@@ -525,6 +538,42 @@ def _export(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _import(args: argparse.Namespace, _: list[str]) -> int:
+    from fusion_core import adopt, files, report, table
+
+    triples = adopt.find(files.absolute(args.folder))  # what is wrong there is said before the slow imports
+    output = files.absolute(args.output)
+
+    existing = table.read_spec(output)
+
+    from fusion_core import towers
+    from pipelines import adopt as job
+    from schemas.feature_table import TableSpec
+
+    if existing and towers.are_unchanged(existing.tower, args.model, args.pretrained):
+        tower = existing.tower
+    else:  # queries are embedded in what every machine computes
+        tower = towers.load(args.model, args.pretrained, args.device, "fp32").spec
+    adopt.check_dim(triples, tower)
+    spec = TableSpec(tower, imported=adopt.LAYOUT)
+    if existing:
+        spec = table.claim(output, spec)
+    planned, todo = job.plan(triples, output, spec)
+    if todo:
+        compared = adopt.check_model(todo, towers.for_spec(tower, args.device, args.pretrained))
+        said = f"{compared} captions, embedded anew, have the vectors that are imported"
+        unknown = "no text vectors with captions: whether this model made the vectors cannot be checked"
+        print(f"{tower.model}: {said if compared else unknown}", file=sys.stderr)
+    spec = table.claim(output, spec)
+    run = job.run(todo, planned, output, spec, _recorded(args.arguments), args.quiet)
+    feature_table = table.Table.open(output)
+    _summarize(feature_table, run)
+    if run.state == "failed":
+        return _tell_failures(run, len(todo))
+    report.write(feature_table, output, "Imported table", run)
+    return DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -546,6 +595,7 @@ _COMMANDS = {
     "caption": _caption,
     "serve": _serve,
     "export": _export,
+    "import": _import,
     "train": _train,
 }
 

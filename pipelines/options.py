@@ -51,6 +51,7 @@ def build() -> argparse.ArgumentParser:
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
     _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
+    _import(_command(commands, "import", "embeddings that clip-retrieval made, as a feature table"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
@@ -419,6 +420,24 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows-per-file", type=positive, default=0, metavar="N", help="default: 10,000 in a tar, 1,000,000 in a .npy"
     )
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a feature table from a folder in clip-retrieval's layout: img_emb/, text_emb/ (or one of the two) and "
+        "metadata/. Vectors are brought to length 1; some captions are embedded anew, and a model that does not give "
+        "their vectors is refused. Run it again to resume, or to follow the folder where it has grown or changed."
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the folder or URI that holds img_emb/, text_emb/, metadata/")
+    parser.add_argument("--output", required=True, metavar="TABLE", help="the feature table's folder or URI")
+    parser.add_argument(
+        "--model", required=True, help="what made the vectors: an OpenCLIP name, hf-hub:…, a model folder, fusion-demo"
+    )
+    parser.add_argument(
+        "--pretrained", default="", metavar="TAG|FILE", help="its weights, where the model does not bring its own"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

@@ -70,6 +70,7 @@ class TableSpec:
     input: InputSpec = InputSpec()
     fuser: FuserSpec | None = None
     fusion_weights: bool = False  # since 1.1: a column says how much each modality weighed in a row
+    imported: str = ""  # since 1.1: the layout whose vectors these are; then no row was embedded by us
     schema_version: str = records.VERSION
 
     @property
@@ -81,8 +82,9 @@ class TableSpec:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over what decides the rows."""
         decisive: dict[str, object] = msgspec.to_builtins(self.decisive)
-        if not self.fusion_weights:
-            del decisive["fusion_weights"]  # so that tables of 1.0 keep their fingerprint
+        for name in ("fusion_weights", "imported"):
+            if not decisive[name]:
+                del decisive[name]  # so that tables of 1.0 keep their fingerprint
         return records.fingerprint(decisive)
 
 

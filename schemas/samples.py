@@ -90,6 +90,7 @@ ERRORS = {
     "ImageNotEmbedded": "the row names a path but holds no bytes: embed the images, or use a listing",
     "PathOutsideRoot": "the path leads out of the listing's folder: move the image below it",
     "BrokenRow": "the listing's row does not parse, or has another number of cells than there are columns: repair it",
+    "BrokenVector": "an imported vector is all zeros or not finite: embed the sample again",
     "MissingFile": "the listed image does not exist or cannot be read",
 }
 

@@ -128,6 +128,20 @@ def write_vectors(
     return table.Table.open(str(place))
 
 
+def write_triple(
+    folder: Path, number: str, image: np.ndarray | None, text: np.ndarray | None, columns: dict[str, Any]
+) -> None:
+    """As clip-retrieval writes it: np.save and DataFrame.to_parquet."""
+    for side, matrix in (("img_emb", image), ("text_emb", text)):
+        if matrix is not None:
+            (folder / side).mkdir(parents=True, exist_ok=True)
+            np.save(folder / side / f"{side}_{number}.npy", matrix)
+    import pandas as pd
+
+    (folder / "metadata").mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(columns).to_parquet(folder / "metadata" / f"metadata_{number}.parquet")
+
+
 def untrained_fuser(kind: str, dim: int = 16, seed: int = 0, backbone: str = "b" * 64) -> fusers.Fuser:
     """A fuser whose every tensor is random, so that no part of it does nothing."""
     import torch

@@ -3,7 +3,7 @@
 import itertools
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,61 @@ def test_from_any_position_the_rest_comes_as_it_would_have(
         assert again.state_dict() == own
         assert ids(again) == whole[taken:]
         assert ids(again) == whole  # the position is used up
+
+
+class _Worker:
+    """A loader's worker as torchdata's StatefulDataLoader runs it: it asks its own copy for the state after a batch."""
+
+    def __init__(self, feed: Feed, index: int, of: int, state: dict[str, Any] | None = None):
+        self.feed, self._info = pickle.loads(pickle.dumps(feed)), type("Info", (), {"id": index, "num_workers": of})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feed_module, "get_worker_info", lambda: self._info if of else None)
+            if state is not None:
+                self.feed.load_state_dict(json.loads(json.dumps(state)))
+            self._walk = iter(self.feed)
+        self.state = self.feed.state_dict()
+
+    def next(self) -> list[int] | None:
+        batch = next(self._walk, None)
+        self.state = self.feed.state_dict()
+        return None if batch is None else batch["id"].tolist()
+
+
+def dealt(workers: Sequence[_Worker], batches: int, turn: int = 0) -> tuple[list[list[int]], int]:
+    """At most so many batches in the loader's turns, and whose turn is next."""
+    found, ended = list[list[int]](), set[int]()
+    while len(found) < batches and len(ended) < len(workers):
+        batch = None if turn in ended else workers[turn].next()
+        found += [batch] if batch is not None else []
+        ended |= {turn} if batch is None else set()
+        turn = (turn + 1) % len(workers)
+    return found, turn
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch_rows=st.integers(5, 40), buffer_rows=st.integers(1, 120), workers=st.integers(0, 3), share=st.floats(0, 1),
+    epoch=st.integers(0, 2), ahead=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+)  # fmt: skip
+def test_each_worker_goes_on_from_the_state_it_gave(
+    small: table.Table, batch_rows: int, buffer_rows: int, workers: int, share: float, epoch: int, ahead: list[int]
+) -> None:
+    def start(states: Sequence[dict[str, Any] | None], epoch: int) -> list[_Worker]:
+        feed = small.torch(["id"], seed=5, batch_rows=batch_rows, buffer_rows=buffer_rows)
+        feed.set_epoch(epoch)
+        return [_Worker(feed, index, workers, state) for index, state in enumerate(states)]
+
+    nothing = [None] * max(1, workers)
+    whole, _ = dealt(start(nothing, epoch), TOTAL)
+    assert sorted(itertools.chain.from_iterable(whole)) == list(range(TOTAL))
+    first = start(nothing, epoch)
+    taken, turn = dealt(first, int(share * len(whole)))
+    states = [worker.state for worker in first]
+    for worker, more in zip(first, ahead, strict=False):  # what is made ahead of the snapshot does not count
+        for _ in range(more):
+            worker.next()
+    rest, _ = dealt(start(states, 0), TOTAL, turn)  # the position brings its epoch along
+    assert taken + rest == whole
 
 
 def test_the_order_is_decided_by_seed_and_epoch_and_mixes(small: table.Table) -> None:

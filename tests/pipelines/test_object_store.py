@@ -1,5 +1,6 @@
 """Tables, shards and indexes on an S3-compatible store: a real server process, reached over the network."""
 
+import itertools
 import json
 import os
 import re
@@ -12,11 +13,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+from torch.utils.data import DataLoader
 
 from fusion_core import dedup, files, index, search, table, towers
+from fusion_core.feed import Feed
 from pipelines import cli
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
@@ -145,6 +149,33 @@ def test_the_whole_way(store: Path, capsys: pytest.CaptureFixture[str], tmp_path
 def shards_whole(store: Path) -> bytes:
     """The shard with the broken picture, repaired."""
     return write_tar(store / "repaired.tar", pairs(12, start=24)).read_bytes()
+
+
+def test_it_feeds_training_and_moves_to_clip_retrieval_and_back(store: Path) -> None:
+    there, here = "s3://corpus/feed/table", str(store / "feed")
+    assert embed("s3://corpus/shards/shards-00{0,1,3}.tar", there) == 0
+    assert embed(f"{store}/shards/shards-00{{0,1,3}}.tar", here) == 0
+
+    def feed(place: str) -> Feed:
+        return table.Table.open(place).torch(["id", "image_embedding", "caption"], seed=3, batch_rows=5, buffer_rows=10)
+
+    walk, local = iter(feed(there)), list(feed(here))
+    first = list(itertools.islice(walk, 3))
+    resumed = feed(there)
+    resumed.load_state_dict(feed(there).state_dict(3))
+    for found, expected in zip([*first, *resumed], local, strict=True):
+        assert found["id"].tolist() == expected["id"].tolist() and found["caption"] == expected["caption"]
+        np.testing.assert_allclose(found["image_embedding"], expected["image_embedding"], atol=1e-3)
+    loader = DataLoader(feed(there), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert [batch["id"].tolist() for batch in loader] == [batch["id"].tolist() for batch in local]
+
+    options = ["--format", "clip-retrieval", "--output", "s3://corpus/feed/layout", "--rows-per-file", "20"]
+    assert cli.main(["export", there, *options]) == 0
+    bring = ["import", "s3://corpus/feed/layout", "--output", "s3://corpus/feed/back", "--model", towers.DEMO]
+    assert cli.main([*bring, "--device", "cpu", "--quiet"]) == 0
+    for name in ("key", "caption", "image_embedding", "text_embedding"):
+        assert rows("s3://corpus/feed/back")[name].equals(rows(there)[name])
+    assert table.verify("s3://corpus/feed/back") == []
 
 
 def test_a_key_is_taken_as_it_is(store: Path) -> None:
