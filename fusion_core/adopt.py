@@ -285,11 +285,12 @@ def unit_length(matrix: np.ndarray) -> np.ndarray:
     Rows of float16 whose length is 1 up to rounding stay as they are, to the bit.
     """
     found, wanting = np.empty(matrix.shape, np.float16), np.ones(len(matrix), bool)
-    if matrix.dtype.itemsize == 2:
-        found[:] = given = matrix.astype(np.float32)
-        wanting = ~(np.abs(np.sqrt(np.einsum("nd,nd->n", given, given)) - 1) < _UNIT_LENGTH)
-    if wanting.any():
-        found[wanting] = _brought_to_it(matrix[wanting].astype(np.float64))
+    with np.errstate(invalid="ignore"):  # a NaN that signals, as damaged files hold
+        if matrix.dtype.itemsize == 2:
+            found[:] = given = matrix.astype(np.float32)
+            wanting = ~(np.abs(np.sqrt(np.einsum("nd,nd->n", given, given)) - 1) < _UNIT_LENGTH)
+        if wanting.any():
+            found[wanting] = _brought_to_it(matrix[wanting].astype(np.float64))
     return found
 
 

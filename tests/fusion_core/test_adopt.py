@@ -337,3 +337,13 @@ def test_damaged_metadata_costs_its_own_rows(tmp_path: Path) -> None:
 def test_the_spec_of_other_tables_is_what_it_was() -> None:
     assert "imported" not in str(SPEC.fingerprint) and TableSpec(TOWER, SPEC.input).fingerprint == SPEC.fingerprint
     assert IMPORTED.fingerprint != SPEC.fingerprint
+
+
+def test_a_nan_that_signals_is_a_broken_vector_like_any() -> None:
+    for kind, bits in (("<f2", b"\x01\x7d"), ("<f4", b"\x01\x00\xa0\x7f")):
+        matrix = vectors(3, 1, kind)
+        raw = bytearray(matrix.tobytes())
+        at = (1 * DIM + 2) * matrix.itemsize
+        raw[at : at + matrix.itemsize] = bits  # an assignment would have made it quiet
+        found = unit_length(np.frombuffer(bytes(raw), kind).reshape(3, DIM))
+        assert not found[1].any() and found[0].any() and found[2].any()

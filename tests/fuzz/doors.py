@@ -13,7 +13,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import build, fields, fusers, images, index, readers, shards, table
+from fusion_core import adopt, build, fields, fusers, images, index, readers, shards, table
 from schemas.feature_table import InputSpec, Preprocess
 from schemas.records import SchemaMismatch
 from schemas.samples import ERRORS, DeadLetter, Sample
@@ -32,6 +32,7 @@ from tests.corpora import (
     toy_unit,
     toy_vectors,
     untrained_fuser,
+    write_triple,
     write_unit,
     write_vectors,
 )
@@ -225,11 +226,29 @@ def forged_index(scratch: Path) -> Door:
     return Door(tuple(read), enter, (index.BadIndex, SchemaMismatch))
 
 
+def embeddings(scratch: Path) -> Door:
+    """clip-retrieval's folders of .npy and Parquet."""
+    spec = replace(SPEC, imported=adopt.LAYOUT)
+    image, text = (toy_vectors(range(9), 16, salt) for salt in ("image", "text"))
+    columns = {"image_path": [f"k{i}" for i in range(9)], "caption": ["a"] * 8 + [""], "width": list(range(9))}
+    write_triple(scratch / "made", "0", image, text.astype(np.float32), columns)
+    whole = _folder(scratch / "made")
+
+    def enter(folder: Path, name: str, data: bytes) -> None:
+        (triple,) = adopt.find(_instead(whole, folder / "in", name, data))
+        table.claim(str(folder / "out"), spec)
+        record = adopt.adopt(triple, str(folder / "out"), spec)
+        assert record.rows_in == triple.unit.rows == record.rows_out + record.rows_dead
+
+    return Door(whole, enter, (adopt.BadImport,))
+
+
 DOORS: dict[str, Callable[[Path], Door]] = {
     "tar": tar,
     "parquet": parquet,
     "listing": listing,
     "image": image,
+    "embeddings": embeddings,
     "table": feature_table,
     "fuser": fuser,
     "index": retrieval_index,
