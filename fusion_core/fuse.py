@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_core import table, unit
+from fusion_core.opt_out import letters_of
 from fusion_core.table import ROW_GROUP_ROWS, Table
 from schemas.feature_table import ManifestRecord, TableSpec, features_schema
-from schemas.samples import DeadLetter
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ def fuse_unit(
             with clock("write"):
                 writer.write(fused)
             done(rows.num_rows)
-        writer.reject(_letters(of_unit))
+        writer.reject(letters_of(of_unit.dead_letters()))
+        writer.leave_out_as(item.source)
         with clock("write"):
             return writer.commit(
                 rows_reused=item.source.rows_out,
                 source_sha256=source_sha256(item.source),
+                opt_out_sha256=item.source.opt_out_sha256,
                 seconds={**clock.seconds, "unit": time.perf_counter() - started},
                 versions=unit.versions(),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,8 +68,3 @@ def source_sha256(record: ManifestRecord) -> str:
     """What tells whether a unit of the source is still what it was: SHA-256 (hex) over its parts' own."""
     parts = [part.sha256 if part else "" for part in (record.features, record.dead_letters)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _letters(of_unit: Table) -> Iterator[DeadLetter]:
-    for row in of_unit.dead_letters().drop(["shard"]).to_pylist():
-        yield DeadLetter(**row)

@@ -81,6 +81,7 @@ def _describe_table(table: Table) -> dict[str, Any]:
         "samples": sum(record.rows_in for record in table.records),
         "rows": table.num_rows,
         "dead": sum(record.rows_dead for record in table.records),
+        "opted_out": table.rows_opted_out,
         "units": len(table.records),
     }
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_core import files, fusers, images, readers, shards, table
+from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.towers import Towers
 from schemas.feature_table import WEIGHTS, ManifestRecord, Part, TableSpec, features_schema
 from schemas.samples import DeadLetter, Sample, Unit
@@ -56,11 +57,13 @@ def run_unit(
     towers: Towers,
     batch: int = 16,
     done: Callable[[int], None] = lambda n: None,
+    opt_out: OptOut = NOTHING,
 ) -> ManifestRecord:
     """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples.
 
-    Equal images and equal captions are embedded once; those of the unit's earlier part keep their vectors. Raises
-    InputChanged when the shard is not what was planned, OSError when it cannot be read or the part not be written.
+    Samples whose keys are on the opt-out list are left out before they are decoded. Equal images and equal captions are
+    embedded once; those of the unit's earlier part keep their vectors. Raises InputChanged when the shard is not what
+    was planned, OSError when it cannot be read or the part not be written.
     """
     clock = Clock()
     started = time.perf_counter()
@@ -70,7 +73,9 @@ def run_unit(
         stream = readers.read(work.unit, spec.input)
         if towers.device != "cpu" or not files.is_local(work.unit.shard):
             stream = ahead(stream)  # beside a local disk, the thread costs a CPU more than it saves
-        for window in windows(clock.each("read", stream)):
+        for found in windows(clock.each("read", stream)):
+            window = passed_by(found, opt_out, writer)
+            done(len(found) - len(window))
             rows, letters = embed_images(window, spec, towers, known, batch, clock, done)
             embed_texts(rows, towers, known, batch, clock)
             with clock("fuse"):
@@ -82,6 +87,7 @@ def run_unit(
         with clock("write"):
             return writer.commit(
                 rows_reused=known.rows_reused,
+                opt_out_sha256=opt_out.sha256,
                 seconds={**clock.seconds, "unit": time.perf_counter() - started},
                 versions=versions(),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pipelines import options
 
 if TYPE_CHECKING:
+    from fusion_core.opt_out import OptOut
     from fusion_core.table import Table
     from pipelines.embed import EmbedJob
     from pipelines.plan import Plan
@@ -113,6 +114,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     output = files.absolute(args.output)
     inputs = InputSpec(**{name: getattr(args, name) for name in InputSpec.__dataclass_fields__})
     next(iter(shards.plan(args.input, inputs)))  # that there is nothing to read is said before the slow imports
+    keys = _opt_out(args)
 
     from fusion_core import towers
     from pipelines import embed, plan, runner
@@ -123,11 +125,12 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
     if fuser:
         fusers.keep(fuser, output)
-    planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
+    share = args.shard_index, args.num_shards
+    planned = plan.compare(args.input, output, spec, share, keys=keys, remove_missing=args.remove_missing)
     if planned.work:
         _prepare(args, rest)
         towers.for_spec(spec.tower, args.device, args.pretrained)
-    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
+    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
 def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
@@ -141,6 +144,19 @@ def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[st
             return existing.tower
     _prepare(args, rest)
     return towers.load(args.model, args.pretrained, args.device, precision).spec
+
+
+def _opt_out(args: argparse.Namespace) -> "OptOut | None":
+    """The list of keys to leave out that is asked for; None where none is named, not even `none`."""
+    from fusion_core import files, opt_out
+
+    if args.opt_out is None:
+        return None
+    return opt_out.load(args.opt_out if args.opt_out == opt_out.NO_LIST else files.absolute(args.opt_out))
+
+
+def _named(keys: "OptOut | None") -> tuple[str, str]:
+    return (keys.place, keys.sha256) if keys else ("", "")
 
 
 def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
@@ -164,8 +180,9 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         return DONE
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, feature_table.place, spec, redo=lambda record: record.rows_dead > 0)
-    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
+    keys, place = _opt_out(args), feature_table.place
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.rows_dead > 0, keys=keys)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
@@ -178,8 +195,9 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
+    _tell_opt_out(feature_table, job, run)
     if run.state == "failed":
-        return _tell_failures(run, len(planned.work))
+        return _tell_failures(run, len(planned.work) + len(planned.unswept))
     report.write(feature_table, job.output, "Feature table", run)
     return _judge_dead_letters(feature_table, args.max_dead_letters)
 
@@ -196,7 +214,8 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
 
     rows_in = sum(record.rows_in for record in feature_table.records)
     rows, dead = feature_table.num_rows, sum(feature_table.errors.values())
-    print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters")
+    left_out = f" + {feature_table.rows_opted_out:,} opted out" if feature_table.rows_opted_out else ""
+    print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters{left_out}")
     for error, count in feature_table.errors.items():
         print(f"  {count:>8,} {error}: {ERRORS.get(error, '')}")
     repeated = sum(record.repeated_keys for record in feature_table.records)
@@ -205,6 +224,26 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
     print(
         f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed"
     )
+    if run.units_removed:
+        left = f"{run.units_removed:,} units of {run.rows_removed:,} rows"
+        print(f"  {left} left the table: they are not in the input any more")
+
+
+def _tell_opt_out(feature_table: "Table", job: "EmbedJob", run: "RunRecord") -> None:
+    """What proves that the listed keys are not in the table, and which of them never were in its shards."""
+    from fusion_core import opt_out, table
+
+    keys = opt_out.load(*job.opt_out)
+    if not keys.sha256:
+        return
+    missing, examples = keys.missing(table.digests_left_out(feature_table.records))
+    listed = len(keys.digests)
+    print(
+        f"  opt-out list {keys.sha256[:12]}: {listed - missing:,} of its {listed:,} keys found, "
+        f"{feature_table.rows_opted_out:,} samples left out; this run took {run.rows_opted_out:,} out of recorded units"
+    )
+    if missing:
+        print(f"  {missing:,} listed keys were found in no unit of the table, e.g. {', '.join(examples)}")
 
 
 def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None) -> int:
@@ -270,8 +309,9 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
         return DONE
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units)
-    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained)), planned)
+    keys = _opt_out(args)
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units, keys=keys)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 EMBEDDINGS = ("image_embedding", "text_embedding", "fused_embedding")
 WEIGHTS = "fusion_weights"  # (image, text), together 1 where the row has either
+KEY_DIGEST_BYTES = 16  # of the SHA-256 of a key on an opt-out list
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class ManifestRecord(msgspec.Struct, frozen=True, gc=False):
     versions: dict[str, str] = {}
     finished_at: str = ""  # UTC, ISO 8601
     source_sha256: str = ""  # since 1.1: of the other table's unit that `fusion fuse` made this one from
+    rows_opted_out: int = 0  # since 1.1, as what follows: samples left out because of their keys
+    opted_out: bytes = b""  # of those keys, the first 16 bytes of the SHA-256 of each, sorted
+    opt_out_sha256: str = ""  # of the list of which the unit holds no key; empty: of none
     schema_version: str = records.VERSION
 
 
@@ -134,6 +138,10 @@ class RunRecord:
     units_skipped: int
     units_done: int = 0
     units_failed: int = 0
+    units_removed: int = 0  # since 1.1, as the next three
+    rows_removed: int = 0  # that the units removed had
+    rows_opted_out: int = 0  # that were in the table when the run began
+    opt_out_sha256: str = ""  # of the list that the run was given
     samples_done: int = 0
     samples_planned: int | None = None
     state: Literal["running", "done", "failed", "interrupted"] = "running"
