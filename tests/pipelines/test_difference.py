@@ -1,20 +1,18 @@
 """A table follows its corpus: what a series of changes leaves equals a build from scratch on what is left."""
 
 import json
-import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
-from fusion_core import files, images, table, towers
+from fusion_core import files, index, opt_out, table, towers
 from pipelines import cli
-from tests.corpora import pairs, photo, write_tar
+from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
 Run = Callable[..., int]
 EACH = 12
@@ -48,7 +46,10 @@ def read(place: Path) -> pa.Table:
     return pa.Table.from_batches(table.Table.open(str(place)).scan())
 
 
-def assert_same_tables(found: Path, expected: Path) -> None:
+COUNTS = ("rows_in", "rows_out", "rows_dead", "rows_opted_out", "opted_out", "repeated_keys")
+
+
+def assert_same_tables(found: Path, expected: Path, counts: tuple[str, ...] = (*COUNTS, "opt_out_sha256")) -> None:
     """To the bit, and with the same files: so nothing of what left lies anywhere."""
     ours, theirs = (table.Table.open(str(place)) for place in (found, expected))
     assert read(found).equals(read(expected))
@@ -56,8 +57,7 @@ def assert_same_tables(found: Path, expected: Path) -> None:
     assert [part.path for part in ours.parts] == [part.path for part in theirs.parts]
     assert set(table.list_parts(str(found))) == set(table.list_parts(str(expected)))
     for ours_, theirs_ in zip(ours.records, theirs.records, strict=True):
-        names = ("rows_in", "rows_out", "rows_dead", "rows_opted_out", "opted_out", "opt_out_sha256", "repeated_keys")
-        assert [getattr(ours_, name) for name in names] == [getattr(theirs_, name) for name in names]
+        assert [getattr(ours_, name) for name in counts] == [getattr(theirs_, name) for name in counts]
         assert ours_.rows_in == ours_.rows_out + ours_.rows_dead + ours_.rows_opted_out
     assert table.verify(str(found)) == []
 
@@ -101,27 +101,183 @@ def test_shards_added_and_removed_and_keys_opted_out_equal_a_build_from_scratch(
     assert "5</b>opted out" in (tmp_path / "table" / "report.html").read_text()
 
 
-def test_taking_keys_out_needs_no_shard_and_no_model(tmp_path: Path, run: Run) -> None:
-    for number in range(2):
+def test_taking_keys_out_reads_no_shard_and_loads_no_towers(tmp_path: Path, run: Run) -> None:
+    for number in range(3):
         shard(tmp_path / "shards", number)
     assert run() == cli.DONE
     keys = write_list(tmp_path, "000000", "empty1")
     assert run("--opt-out", keys, output="fresh") == cli.DONE
-    for path in (tmp_path / "shards").iterdir():
-        path.unlink()
-    shard(tmp_path / "shards", 9)  # another shard is all that is left
-    shutil.copytree(tmp_path / "shards", tmp_path / "others")
-    (tmp_path / "table" / "elsewhere").mkdir()
+    for number in range(2):
+        (tmp_path / "shards" / f"{number:05d}.tar").unlink()  # what is done to these units cannot come from the shards
+    command = ["embed", "--input", f"{tmp_path}/shards", "--output", f"{tmp_path}/table", "--model", towers.DEMO]
     script = (
-        "import sys; from pipelines import cli, plan; from fusion_core import shards\n"
-        "shards.plan = lambda *_: iter(())\n"  # nothing that could be read
-        f"code = cli.main(['retry', {str(tmp_path / 'table')!r}, '--opt-out', {keys!r}, '--quiet'])\n"
+        "import sys; from pipelines import cli\n"
+        f"code = cli.main({[*command, '--opt-out', keys, '--quiet']!r})\n"
         "print(code, 'open_clip' in sys.modules)"
     )
-    del script
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table" / "features").iterdir()}
-    assert run("--opt-out", keys, output="table") == cli.DONE
-    ours, fresh = read(tmp_path / "table"), read(tmp_path / "fresh")
-    assert ours.slice(0, fresh.num_rows).equals(fresh) and ours.num_rows == fresh.num_rows + EACH + 1
-    stayed = [path for path, time in before.items() if path.exists() and path.stat().st_mtime_ns == time]
-    assert len(stayed) == 1  # of the shard that lost but a dead letter
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
+    assert_same_tables(tmp_path / "table", tmp_path / "fresh")
+
+
+def test_a_list_is_held_against_each_unit_once(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        shard(tmp_path / "shards", number)
+    assert run("--opt-out", write_list(tmp_path, "000001")) == cli.DONE
+    looked = list[str]()
+    look = opt_out._look
+    monkeypatch.setattr(opt_out, "_look", lambda *given: looked.append(given[-1].unit.shard) or look(*given))
+    assert run("--opt-out", write_list(tmp_path, "000001")) == cli.DONE
+    assert looked == []
+    shard(tmp_path / "shards", 2)
+    assert run("--opt-out", write_list(tmp_path, "000001", "000013")) == cli.DONE
+    assert len(looked) == 2
+    assert run("--opt-out", write_list(tmp_path, "000001", "000013")) == cli.DONE
+    assert len(looked) == 2
+    assert read(tmp_path / "table")["key"].to_pylist()[:2] == ["000000", "000002"]
+
+    units = {record.unit.shard[-9:]: record.revision for record in table.Table.open(str(tmp_path / "table")).records}
+    shutil.copytree(tmp_path / "table", tmp_path / "copy")
+    capsys.readouterr()
+    assert run("--opt-out", write_list(tmp_path, "000013", "000025")) == cli.DONE  # one comes back, one goes
+    assert "1 units done, 2 stood already" in capsys.readouterr().out
+    now = {record.unit.shard[-9:]: record.revision for record in table.Table.open(str(tmp_path / "table")).records}
+    assert {name: now[name] - units[name] for name in now} == {"00000.tar": 1, "00001.tar": 0, "00002.tar": 1}
+    assert run("--opt-out", str(tmp_path / "list.txt"), output="fresh") == cli.DONE
+    assert_same_tables(tmp_path / "table", tmp_path / "fresh")
+
+    capsys.readouterr()
+    assert run(output="copy") == cli.USAGE
+    assert cli.main(["retry", str(tmp_path / "copy"), "--quiet"]) == cli.USAGE
+    assert capsys.readouterr().err.count("was made with an opt-out list: give it again with --opt-out FILE") == 2
+    assert run("--opt-out", "none", output="copy") == cli.DONE
+    assert run(output="copy") == cli.DONE
+    assert run(output="whole") == cli.DONE
+    assert_same_tables(tmp_path / "copy", tmp_path / "whole")
+
+
+def test_retry_and_repair_keep_to_the_list(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = [shard(tmp_path / "shards", 0)]
+    keys = write_list(tmp_path, "000003", "broken0")
+    assert run("--opt-out", keys) == cli.DONE
+    write_tar(path, [("empty0.jpg", photo(77)), ("broken0.jpg", photo(78)), *pairs(EACH)])
+    options = ["--opt-out", keys, "--workers", "1", "--quiet"]
+    assert cli.main(["retry", str(tmp_path / "table"), *options]) == cli.DONE
+    assert "14 samples = 12 rows + 0 dead letters + 2 opted out" in capsys.readouterr().out
+    next((tmp_path / "table" / "features").iterdir()).unlink()
+    assert cli.main(["verify", str(tmp_path / "table"), "--repair", *options]) == cli.DONE
+    assert run("--opt-out", keys, output="fresh") == cli.DONE
+    assert_same_tables(tmp_path / "table", tmp_path / "fresh")
+
+
+def test_shards_that_are_gone_leave_only_when_told_and_not_by_accident(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [shard(tmp_path / "shards", number) for number in range(3)]
+    assert run() == cli.DONE
+    whole = read(tmp_path / "table")
+    shards[1].unlink()
+    assert run() == cli.DONE
+    assert read(tmp_path / "table").equals(whole)
+    for limit in ([], ["33%"], ["14"]):
+        capsys.readouterr()
+        assert run("--remove-missing", *limit) == cli.USAGE
+        assert "15 of its 45 samples are of shards that are not in the input" in capsys.readouterr().err
+    (tmp_path / "shards").rename(tmp_path / "away")
+    (tmp_path / "shards").mkdir()
+    assert run("--remove-missing", "100%") == cli.USAGE  # a store that lists nothing
+    assert "holds no shards" in capsys.readouterr().err
+    (tmp_path / "shards").rmdir()
+    (tmp_path / "away").rename(tmp_path / "shards")
+    assert read(tmp_path / "table").equals(whole)
+    assert run("--remove-missing", "15") == cli.DONE
+    assert "1 units of 13 rows left the table" in capsys.readouterr().out
+    assert run(output="fresh") == cli.DONE
+    assert_same_tables(tmp_path / "table", tmp_path / "fresh")
+    shard(tmp_path / "shards", 1)
+    assert run("--remove-missing") == cli.DONE
+    assert_same_rows(read(tmp_path / "table"), whole)
+
+
+def test_launchers_side_by_side_take_out_their_shares(tmp_path: Path, run: Run) -> None:
+    shards = [shard(tmp_path / "shards", number) for number in range(4)]
+    assert run() == cli.DONE
+    shards[2].unlink()
+    keys = write_list(tmp_path, "000001", "000014", "000037")
+    for launcher in range(2):
+        share = ["--shard-index", str(launcher), "--num-shards", "2"]
+        assert run("--opt-out", keys, "--remove-missing", "25%", *share) == cli.DONE
+    assert run("--opt-out", keys, output="fresh") == cli.DONE
+    assert_same_tables(tmp_path / "table", tmp_path / "fresh")
+
+
+def test_killed_while_keys_are_taken_out_and_repeated_gives_the_same_table(tmp_path: Path, run: Run) -> None:
+    for number in range(3):
+        shard(tmp_path / "shards", number)
+    assert run() == cli.DONE
+    keys = write_list(tmp_path, "000000", "000013", "000025", "empty2")
+    assert run("--opt-out", keys, output="fresh") == cli.DONE
+    command = ["embed", "--input", f"{tmp_path}/shards", "--model", towers.DEMO, "--opt-out", keys, "--quiet"]
+    script = (
+        "import os, sys; from fusion_core import files, report; from pipelines import cli, embed\n"
+        "left, publish, remove = 0, files.PendingFile.publish, files.remove\n"
+        "def step(act, *given):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left < 0: os.kill(os.getpid(), 9)\n"
+        "    act(*given)\n"
+        "files.PendingFile.publish = lambda *given: step(publish, *given)\n"
+        "files.remove = lambda *given: step(remove, *given)\n"
+        "for place in sys.argv[1:]:\n"
+        "    left, child = int(place.rpartition('-')[2]), os.fork()\n"
+        f"    if not child: os._exit(cli.main({command!r} + ['--workers', '1', '--output', place]))\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)"
+    )
+    places = [tmp_path / f"killed-{steps}" for steps in (2, 3, 4, 5, 8, 11, 13)]
+    for place in places:
+        shutil.copytree(tmp_path / "table", place)
+    arguments = [sys.executable, "-c", script, *map(str, places)]
+    killed = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+    assert [line for line in killed.stdout.split() if line.startswith("-")] == ["-9"] * len(places)
+    half = 0
+    for place in places:
+        keyed = read(place)["key"].to_pylist()
+        assert len(set(keyed)) == len(keyed) and set(read(tmp_path / "fresh")["key"].to_pylist()) <= set(keyed)
+        half += 0 < table.Table.open(str(place)).rows_opted_out < 4
+        assert run("--opt-out", keys, output=place.name) == cli.DONE
+        assert_same_tables(place, tmp_path / "fresh")
+    assert half  # one was killed between two units
+
+
+def test_what_is_made_of_the_table_follows_when_it_is_made_again(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        shard(tmp_path / "shards", number)
+    (tmp_path / "classes.txt").write_text("a circle\na square\n")
+
+    def derive(source: str, name: str) -> None:
+        place = str(tmp_path / source)
+        made = {kind: str(tmp_path / f"{name}-{kind}") for kind in ("fused", "labels", "index")}
+        assert cli.main(["fuse", place, "--fuser", "concat", "--output", made["fused"], "--quiet"]) == cli.DONE
+        labels = ["--labels", str(tmp_path / "classes.txt"), "--device", "cpu"]
+        assert cli.main(["label", place, "--output", made["labels"], *labels]) == cli.DONE
+        assert cli.main(["index", place, "--output", made["index"], "--tune-seconds", "5"]) == cli.DONE
+
+    assert run() == cli.DONE
+    derive("table", "ours")
+    words = [b"picture of number 13", b"https://pictures.example/13.jpg"]
+    assert holding(tmp_path / "ours-index", words)
+    keys = write_list(tmp_path, "000013", "broken1")
+    assert run("--opt-out", keys) == cli.DONE
+    derive("table", "ours")
+    assert run("--opt-out", keys, output="fresh") == cli.DONE
+    derive("fresh", "fresh")
+    assert_same_tables(tmp_path / "ours-fused", tmp_path / "fresh-fused", COUNTS)
+    assert holding(tmp_path / "ours-index", words) == []
+    ours, fresh = (index.Index.open(str(tmp_path / f"{name}-index")).record for name in ("ours", "fresh"))
+    assert (ours.rows_table, ours.rows_indexed) == (fresh.rows_table, fresh.rows_indexed) == (25, 25)
+    parts = {path.name for path in (tmp_path / "ours-labels" / "labels").iterdir()}
+    assert parts == {part.path.removeprefix("features/") for part in table.Table.open(str(tmp_path / "table")).parts}
