@@ -74,7 +74,7 @@ def _describe_table(table: Table) -> dict[str, Any]:
     tower, fuser = table.spec.tower, table.spec.fuser
     return {
         "place": table.place,
-        "model": tower.model,
+        "model": table.spec.models,
         "precision": tower.precision,
         "dim": tower.embedding_dim,
         "fuser": fuser.type if fuser else "",

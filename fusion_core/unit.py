@@ -33,7 +33,7 @@ ResultT = TypeVar("ResultT")
 _WINDOW_ROWS = 1024  # captions are sorted by length within a window
 _WINDOW_BYTES = 64 << 20  # of encoded images
 _PIECE_ROWS, _PIECE_BYTES, _PIECES_AHEAD = 32, 8 << 20, 8  # read while what came before is worked on
-_KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
+KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
 _DECODE_THREADS = 8  # ahead of a GPU
 
 
@@ -159,7 +159,7 @@ def earlier_vectors(output: str, spec: TableSpec, previous: ManifestRecord | Non
     part = previous.features if previous and previous.spec_fingerprint == spec.fingerprint else None
     if part is None or not _is_whole(output, part):
         return known
-    rows = table.Table(output, spec, ()).read_part(part).slice(0, _KNOWN_LIMIT)
+    rows = table.Table(output, spec, ()).read_part(part).slice(0, KNOWN_LIMIT)
     image, text = (table.to_numpy(rows[name].combine_chunks()) for name in ("image_embedding", "text_embedding"))
     digests, captions = rows["sha256"].to_pylist(), rows["caption"].to_pylist()
     sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
@@ -244,7 +244,7 @@ def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLett
     except images.BadImage as bad:
         return DeadLetter(sample.key, sample.row, "decode", bad.error, str(bad), sample.offset)
     image = KnownImage(decoded.width, decoded.height)
-    if len(known.images) < _KNOWN_LIMIT:
+    if len(known.images) < KNOWN_LIMIT:
         image = known.images.setdefault(digest, image)
     return Row(sample, digest, image, pixels=decoded.pixels, is_new=True)
 
@@ -281,7 +281,7 @@ def embed_texts(rows: Sequence[Row], towers: Towers, known: Known, batch: int, c
             row.text = known.texts[caption] if caption in known.texts else embedded[caption]
             row.is_new |= caption in first
             first.discard(caption)
-    if len(known.texts) < _KNOWN_LIMIT:
+    if len(known.texts) < KNOWN_LIMIT:
         known.texts.update(embedded)
     known.rows_reused += sum(not row.is_new for row in rows)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -120,7 +120,10 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import embed, plan, runner
 
     runner.check_beam_options(rest, vars(args))
-    tower = _tower(args, table.read_spec(output), rest)
+    existing = table.read_spec(output)
+    tower = _tower(
+        args, args.model, args.pretrained, existing.tower if existing else None, lambda: _prepare(args, rest)
+    )
     fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone) if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
     if fuser:
@@ -133,17 +136,23 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
-def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
+def _tower(
+    args: argparse.Namespace,
+    model: str,
+    pretrained: str,
+    existing: "TowerSpec | None",
+    prepare: Callable[[], None] = lambda: None,
+) -> "TowerSpec":
     """The spec of the towers that are asked for; those of a table that stands are not loaded before there is work."""
     from fusion_core import towers
 
     precision = args.precision
-    if existing and precision in ("auto", existing.tower.precision):
-        precision = existing.tower.precision  # a scheduled run may land on another machine
-        if towers.are_unchanged(existing.tower, args.model, args.pretrained):
-            return existing.tower
-    _prepare(args, rest)
-    return towers.load(args.model, args.pretrained, args.device, precision).spec
+    if existing and precision in ("auto", existing.precision):
+        precision = existing.precision  # a scheduled run may land on another machine
+        if towers.are_unchanged(existing, model, pretrained):
+            return existing
+    prepare()
+    return towers.load(model, pretrained, args.device, precision).spec
 
 
 def _opt_out(args: argparse.Namespace) -> "OptOut | None":
@@ -174,6 +183,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
     spec = feature_table.spec
+    _check_one_model(feature_table.place, spec)
     broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
     if not broken:
         print(f"{feature_table.place}: no dead letters")
@@ -183,6 +193,16 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     keys, place = _opt_out(args), feature_table.place
     planned = plan.compare(broken, place, spec, redo=lambda record: record.rows_dead > 0, keys=keys)
     return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
+
+
+def _check_one_model(place: str, spec: "TableSpec") -> None:
+    """Raises TableError for a table that shards alone do not make: its captions were embedded by another model."""
+    from fusion_core import table
+
+    if spec.text_tower:
+        raise table.TableError(
+            f"{place} was made by `fusion fuse --text-model`: do this to the table that it was made of, then fuse again"
+        )
 
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
@@ -304,6 +324,7 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     runner.check_beam_options(rest, vars(args))
     spec = table.read_spec(place)
     assert spec is not None  # the table was just verified
+    _check_one_model(place, spec)
     broken = sorted(set(table.shards_of(place, units)))
     if not broken:
         return DONE
@@ -391,7 +412,7 @@ def _label(args: argparse.Namespace, _: list[str]) -> int:
 
     feature_table = table.Table.open(args.table)
     classes = labels.read_classes(args.labels, args.templates)
-    tower = towers.for_spec(feature_table.spec.tower, args.device, args.pretrained)
+    tower = towers.for_table(feature_table.spec, args.device, args.pretrained)
     with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
         record = labels.write(
             feature_table,
@@ -447,7 +468,7 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
 
             from fusion_core import search, towers
 
-            tower = towers.for_spec(found.record.table_spec.tower, args.device, args.pretrained)
+            tower = towers.for_table(found.record.table_spec, args.device, args.pretrained)
             limits = serve.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
             app = serve.build(search.Searcher(found, tower), limits, token, hosts)
             rows = f"{found.record.rows_indexed:,} rows"
@@ -521,25 +542,53 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     source, output = table.Table.open(args.table), files.absolute(args.output)
     if output == source.place:
         raise table.TableError(f"--output {output} is the table that is read: name another place")
-    tower = source.spec.tower
-    fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone)
-    spec = replace(source.spec, fuser=fuser.spec, fusion_weights=args.weights)
+    spec = replace(source.spec, fuser=None, fusion_weights=args.weights, text_tower=_text_tower(args, source, output))
+    fuser = fusers.parse(args.fuser, spec.tower.embedding_dim, spec.backbone) if args.fuser else None
+    spec = replace(spec, fuser=fuser.spec if fuser else None)
 
     from pipelines import fuse, runner
 
     runner.check_beam_options(rest, vars(args))
     spec = table.claim(output, spec)
-    fusers.keep(fuser, output)
+    if fuser:
+        fusers.keep(fuser, output)
     knobs = runner.Knobs(workers=args.workers or 0, quiet=args.quiet)
-    run = fuse.run(
-        fuse.FuseJob(source.place, source.spec, output, spec), source, knobs, _recorded(args.arguments), rest
-    )
+    job = fuse.FuseJob(source.place, source.spec, output, spec, args.device)
+    run = fuse.run(job, source, knobs, _recorded(args.arguments), rest)
     fused = table.Table.open(output)
     _summarize(fused, run)
     if run.state == "failed":
         return _tell_failures(run, run.units_done + run.units_failed)
+    if job.text_tower and run.units_done:
+        means = [_mean_similarity(one) for one in (source, fused)]
+        print(f"  mean similarity of image and caption: {means[0]:.3f} before, {means[1]:.3f} now")
     report.write(fused, output, "Fused table", run)
     return DONE
+
+
+def _text_tower(args: argparse.Namespace, source: "Table", output: str) -> "TowerSpec | None":
+    """The spec of what embedded the captions of the table that is asked for, where it is another than the images'."""
+    from fusion_core import table
+
+    if not args.text_model:
+        if not args.fuser:
+            raise table.TableError("nothing to do: name a --fuser, a --text-model or both")
+        return source.spec.text_tower
+    existing = table.read_spec(output)
+    tower = _tower(args, args.text_model, args.text_pretrained, existing.text_tower if existing else None)
+    ours, theirs = source.spec.tower.embedding_dim, tower.embedding_dim
+    if ours != theirs:
+        raise table.TableError(
+            f"the text tower of {tower.model} gives vectors of {theirs} dimensions, the images of {source.place} have "
+            f"{ours}: name one that was trained for their space"
+        )
+    return tower
+
+
+def _mean_similarity(feature_table: "Table") -> float:
+    """Of up to 1,000 rows that have both modalities."""
+    rows = feature_table.sample(1000, columns=["similarity"])["similarity"].drop_null().to_numpy()
+    return float(rows.mean()) if len(rows) else float("nan")
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> int:

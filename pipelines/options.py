@@ -49,7 +49,9 @@ def build() -> argparse.ArgumentParser:
     _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
     _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
-    _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
+    _fuse(
+        _command(commands, "fuse", "a table with the vectors of another fuser or text tower, without touching a pixel")
+    )
     _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
@@ -395,14 +397,30 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _fuse(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser. Nothing but TABLE "
-        "is read. Run it again to resume, or to follow TABLE where that has grown or changed."
+        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser, or with captions "
+        "embedded by another text tower, or both. Nothing but TABLE is read. Run it again to resume, or to follow "
+        "TABLE where that has grown or changed."
     )
     parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
     parser.add_argument(
-        "--fuser", required=True, metavar="DIR|SPEC",
-        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard",
+        "--fuser", default="", metavar="DIR|SPEC",
+        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard; without, the new table "
+        "has no fused_embedding",
     )  # fmt: skip
+    parser.add_argument(
+        "--text-model", default="", metavar="MODEL",
+        help="embed the captions anew by this model's text tower, which was trained for the space of TABLE's images, "
+        "as by fine-tuning or LiT: an OpenCLIP name, hf-hub:…, a model folder or a config JSON",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-pretrained", default="", metavar="TAG|FILE", help="its weights, where the model does not bring its own"
+    )
+    parser.add_argument(
+        "--precision", default="auto", help="of the text tower: auto, fp32, bf16, fp16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="of the text tower: auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
     parser.add_argument("--output", required=True, metavar="TABLE2", help="the new table's folder or URI")
     parser.add_argument(
         "--weights", action="store_true", help="also fusion_weights: how much image and text weighed in each row"

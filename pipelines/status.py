@@ -17,7 +17,7 @@ def describe(feature_table: table.Table) -> dict[str, Any]:
     runs = table.read_runs(feature_table.place)
     return {
         "table": feature_table.place,
-        "model": feature_table.spec.tower.model,
+        "model": feature_table.spec.models,
         "units": len(records),
         "samples": sum(record.rows_in for record in records),
         "rows": feature_table.num_rows,

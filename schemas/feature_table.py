@@ -71,12 +71,26 @@ class TableSpec:
     input: InputSpec = InputSpec()
     fuser: FuserSpec | None = None
     fusion_weights: bool = False  # since 1.1: a column says how much each modality weighed in a row
+    text_tower: TowerSpec | None = None  # since 1.1: what embedded the captions, where `tower` did the images only
     schema_version: str = records.VERSION
+
+    @property
+    def backbone(self) -> str:
+        """SHA-256 (hex) over what makes vectors comparable; the tower's own, where one model embedded both sides."""
+        if self.text_tower is None or self.text_tower.backbone == self.tower.backbone:
+            return self.tower.backbone
+        return records.fingerprint([self.tower.backbone, self.text_tower.backbone])
+
+    @property
+    def models(self) -> str:
+        """The name of the model, or of both, for a reader."""
+        return f"{self.tower.model}, captions by {self.text_tower.model}" if self.text_tower else self.tower.model
 
     @property
     def decisive(self) -> "TableSpec":
         """The spec without what only tells where things were found."""
-        return replace(self, tower=replace(self.tower, model="", pretrained=""))
+        text = self.text_tower and replace(self.text_tower, model="", pretrained="")
+        return replace(self, tower=replace(self.tower, model="", pretrained=""), text_tower=text)
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +98,8 @@ class TableSpec:
         decisive: dict[str, object] = msgspec.to_builtins(self.decisive)
         if not self.fusion_weights:
             del decisive["fusion_weights"]  # so that tables of 1.0 keep their fingerprint
+        if not self.text_tower:
+            del decisive["text_tower"]
         return records.fingerprint(decisive)
 
 
