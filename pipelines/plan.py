@@ -83,7 +83,7 @@ def compare(
     if remove_missing is not None:
         gone += _missing(manifest, planned, output, remove_missing)
     gone = tuple(record for record in gone if _is_in(share, record.unit.id))
-    leaving = {item.unit.id for item in work} | {record.unit.id for record in gone}
+    leaving = {item.unit.id for item in work if item.previous} | {record.unit.id for record in gone}
     for record in manifest.by_unit.values():
         if record.unit.id in leaving or not _is_in(share, record.unit.id):
             continue

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from fusion_core import files, index, opt_out, table, towers
+from fusion_core import files, index, opt_out, search, table, towers
 from pipelines import cli
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
+from tests.fusion_core.test_towers import VIT, save_random_model
 
 Run = Callable[..., int]
 EACH = 12
@@ -281,3 +285,98 @@ def test_what_is_made_of_the_table_follows_when_it_is_made_again(
     assert (ours.rows_table, ours.rows_indexed) == (fresh.rows_table, fresh.rows_indexed) == (25, 25)
     parts = {path.name for path in (tmp_path / "ours-labels" / "labels").iterdir()}
     assert parts == {part.path.removeprefix("features/") for part in table.Table.open(str(tmp_path / "table")).parts}
+
+
+def tuned(folder: Path, seed: int, sides: str) -> str:
+    """A copy of the demo's model whose text tower (or all of it) has other weights."""
+    model = shutil.copytree(Path(towers.__file__).parent / "demo" / "model", folder)
+    chance, weights = np.random.default_rng(seed), model / "open_clip_model.safetensors"
+    state = load_file(weights)
+    for name, value in state.items():
+        if value.ndim == 2 and (sides == "both" or not name.startswith("visual.")):
+            state[name] = value + chance.normal(0, 0.2 * value.std(), value.shape).astype(value.dtype)
+    save_file(state, weights)
+    return str(model)
+
+
+def test_another_text_tower_embeds_captions_from_the_table_alone(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        shard(tmp_path / "shards", number)
+    write_tar(
+        tmp_path / "shards" / "odd.tar", [("mute.jpg", photo(5)), ("dark.txt", b"words alone"), ("blank.txt", b" ")]
+    )
+    model = tuned(tmp_path / "tuned", 1, "text")
+    assert run() == cli.DONE
+    embed = ["embed", "--input", f"{tmp_path}/shards", "--output", f"{tmp_path}/oracle", "--model", model, "--quiet"]
+    assert cli.main([*embed, "--device", "cpu", "--workers", "1"]) == cli.DONE
+    oracle = read(tmp_path / "oracle")  # the tuned model has the old image tower: the same table by another way
+    (tmp_path / "shards").rename(tmp_path / "away")
+    place = str(tmp_path / "made")
+    command = ["fuse", str(tmp_path / "table"), "--text-model", model, "--output", place, "--device", "cpu", "--quiet"]
+    capsys.readouterr()
+    assert cli.main([*command, "--fuser", "weighted_sum:image=0.5,text=0.5"]) == cli.DONE
+    said = capsys.readouterr().out
+    assert "3 units done" in said and "mean similarity of image and caption" in said
+    made = read(tmp_path / "made")
+    assert made.drop(["fused_embedding"]).equals(oracle)
+    assert not made["text_embedding"].equals(read(tmp_path / "table")["text_embedding"])
+    fused = table.to_numpy(made["fused_embedding"].combine_chunks())
+    sides = [table.to_numpy(made[f"{side}_embedding"].combine_chunks()) for side in ("image", "text")]
+    summed = np.add(*(side.astype(np.float64) for side in sides))
+    norms = np.linalg.norm(summed, axis=1, keepdims=True)  # 0 where a sample has neither
+    np.testing.assert_allclose(fused, summed / np.maximum(norms, 1e-9), atol=1e-3)
+    assert table.verify(place) == []
+    spec = table.Table.open(place).spec
+    assert spec.text_tower and (spec.tower.model, spec.text_tower.model) == (towers.DEMO, model)
+    assert spec.backbone not in (spec.tower.backbone, spec.text_tower.backbone)
+
+    # It follows its source, embedding what is new alone.
+    asked = list[str]()
+    embed_texts = towers.Towers.embed_texts
+    monkeypatch.setattr(
+        towers.Towers,
+        "embed_texts",
+        lambda self, texts, pad_to=1: asked.extend(texts) or embed_texts(self, texts, pad_to),
+    )
+    (tmp_path / "away").rename(tmp_path / "shards")
+    assert run("--opt-out", write_list(tmp_path, "000003")) == cli.DONE
+    assert cli.main([*command, "--fuser", "weighted_sum:image=0.5,text=0.5"]) == cli.DONE
+    assert asked == []
+    assert read(tmp_path / "made").equals(made.filter(pc.not_equal(made["key"], "000003")))
+    assert cli.main([*command]) == cli.USAGE  # the table there has a fuser
+    assert cli.main(["retry", place, "--quiet"]) == cli.USAGE
+    assert "was made by `fusion fuse --text-model`" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    # Queries of either side meet the vectors of their own tower.
+    (tmp_path / "shards").rename(tmp_path / "away")
+    for column in ("image_embedding", "text_embedding"):
+        built = str(tmp_path / column)
+        assert cli.main(["index", place, "--column", column, "--output", built, "--tune-seconds", "5"]) == cli.DONE
+        stored = table.to_numpy(read(tmp_path / "made")[column].combine_chunks()).astype(np.float32)
+        searcher = search.open(built, "cpu")
+        words = towers.load(model, device="cpu").embed_texts(["a picture of number 7"])[0]
+        best = searcher.search("a picture of number 7", k=3)
+        present = stored.any(axis=1)
+        scores = np.where(present, stored @ words, -2)
+        np.testing.assert_allclose(best["score"].to_numpy(), np.sort(scores)[::-1][:3], atol=2e-3)
+        shown = searcher.search(image=photo(7), k=1)
+        if column == "image_embedding":
+            assert shown["key"].to_pylist() == ["000007"] and shown["score"][0].as_py() > 0.999
+        for one in (model, towers.DEMO):
+            with pytest.raises(search.WrongSpace, match=r"towers are not|text tower is not"):
+                search.Searcher(index.Index.open(built), towers.load(one, device="cpu"))
+
+
+def test_a_text_tower_of_another_size_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    shard(tmp_path / "shards", 0)
+    assert run() == cli.DONE
+    other = str(save_random_model(tmp_path / "models" / "vit", VIT))
+    fuse = ["fuse", str(tmp_path / "table"), "--output", str(tmp_path / "made"), "--device", "cpu", "--quiet"]
+    assert cli.main([*fuse, "--text-model", other]) == cli.USAGE
+    assert "gives vectors of 48 dimensions, the images of" in capsys.readouterr().err
+    assert cli.main(fuse) == cli.USAGE
+    assert "name a --fuser, a --text-model or both" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
