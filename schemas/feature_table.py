@@ -156,7 +156,7 @@ class RunRecord:
     units_failed: int = 0
     units_removed: int = 0  # since 1.1, as the next three
     rows_removed: int = 0  # that the units removed had
-    rows_opted_out: int = 0  # that were in the table when the run began
+    rows_opted_out: int = 0  # that were taken out of recorded units
     opt_out_sha256: str = ""  # of the list that the run was given
     samples_done: int = 0
     samples_planned: int | None = None

@@ -80,7 +80,7 @@ def test_what_is_no_list_is_refused(tmp_path: Path, name: str | None, data: byte
         opt_out.load(str(tmp_path / "list"), "0" * 64)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)))
 def test_what_is_taken_out_is_as_if_it_had_never_been_there(
     tmp_path_factory: pytest.TempPathFactory, dead: set[int], first: set[int], more: set[int]
