@@ -77,7 +77,7 @@ def gather(table: Table, job: TrainJob, views: Sequence[Table], triplets: str, l
     if views and triplets:
         raise TrainError("--views and --triplets ask for different things: train with one of them")
     for view in views:
-        if view.spec.tower.backbone != table.spec.tower.backbone:
+        if view.spec.backbone != table.spec.backbone:
             raise TrainError(f"{view.place} was embedded by other towers than {table.place}: embed it with the same")
     rows = _read(table, sampled(table, job.max_rows, job.seed), job, labels)
     if triplets:

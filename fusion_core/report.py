@@ -74,13 +74,14 @@ def _describe_table(table: Table) -> dict[str, Any]:
     tower, fuser = table.spec.tower, table.spec.fuser
     return {
         "place": table.place,
-        "model": tower.model,
+        "model": table.spec.models,
         "precision": tower.precision,
         "dim": tower.embedding_dim,
         "fuser": fuser.type if fuser else "",
         "samples": sum(record.rows_in for record in table.records),
         "rows": table.num_rows,
         "dead": sum(record.rows_dead for record in table.records),
+        "opted_out": table.rows_opted_out,
         "units": len(table.records),
     }
 

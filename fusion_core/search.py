@@ -79,11 +79,11 @@ def open(path: str, device: str = "auto", pretrained: str = "", fuser: str = "",
     `pretrained`: where the weights lie now, if they were moved. `fuser`: that is to weigh queries of text and image, as
     for fusers.parse. Raises BadIndex, FuserError and WrongSpace; a query may raise TowerError.
     """
-    spec = read_record(files.absolute(path)).table_spec.tower
-    weigher = fusers.parse(fuser, spec.embedding_dim, spec.backbone) if fuser else None
+    spec = read_record(files.absolute(path)).table_spec
+    weigher = fusers.parse(fuser, spec.tower.embedding_dim, spec.backbone) if fuser else None
 
     def load() -> Towers:
-        return towers.for_spec(spec, device, pretrained)
+        return towers.for_table(spec, device, pretrained)
 
     def load_ahead() -> None:
         with suppress(Exception):  # it is raised again, where the towers are asked for
@@ -116,7 +116,7 @@ class Searcher:
             self._fuser = fuser
         self._filters = _Filters(index)
         if self._towers is not None:
-            _check_towers(index, self._towers.spec)
+            _check_towers(index, self._towers)
 
     def search(self, text: str | None = None, image: bytes | None = None, **how: Any) -> pa.Table:
         """The answer (schema ANSWER) to one query, given by the fields of Query; raises BadQuery."""
@@ -242,7 +242,7 @@ class Searcher:
         if self._towers is None:
             assert self._load is not None  # _check has seen to it
             found = self._load()
-            _check_towers(self.index, found.spec)
+            _check_towers(self.index, found)
             self._towers = found
         return self._towers
 
@@ -542,13 +542,16 @@ def _check_fuser(index: Index, fuser: fusers.Fuser, own: fusers.Fuser | None) ->
         )
 
 
-def _check_towers(index: Index, theirs: TowerSpec) -> None:
-    ours, theirs = _decisive(index.record.table_spec.tower), _decisive(theirs)
-    if different := records.differences(ours, theirs):
-        raise WrongSpace(
-            f"the towers are not those of {index.place} ({'; '.join(different)}): "
-            f"load {index.record.table_spec.tower.model} {index.record.table_spec.tower.pretrained}".rstrip()
-        )
+def _check_towers(index: Index, theirs: Towers) -> None:
+    spec = index.record.table_spec
+    sides = {
+        "towers are": (spec.tower, theirs.spec),
+        "text tower is": (spec.text_tower or spec.tower, theirs.text_spec),
+    }
+    for what, (ours, given) in sides.items():
+        if different := records.differences(_decisive(ours), _decisive(given)):
+            load = f"load {ours.model} {ours.pretrained}".rstrip()
+            raise WrongSpace(f"the {what} not that of {index.place} ({'; '.join(different)}): {load}")
 
 
 def _decisive(spec: TowerSpec) -> TowerSpec:

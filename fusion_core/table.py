@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 
 from fusion_core import files, fusers
 from schemas import records
-from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, RunRecord, TableSpec, features_schema
+from schemas.feature_table import (
+    EMBEDDINGS,
+    KEY_DIGEST_BYTES,
+    ManifestRecord,
+    Part,
+    RunRecord,
+    TableSpec,
+    features_schema,
+)
 from schemas.records import SchemaMismatch
 from schemas.samples import DEAD_LETTERS, DeadLetter, Unit
 
@@ -119,22 +127,24 @@ def _nothing_moved(before: Sequence[files.Entry], after: Sequence[files.Entry]) 
     return earlier <= later and not any(place.endswith(".parquet") for place in later - earlier)
 
 
-def compact(place: str) -> None:
+def compact(place: str, revise: Callable[[ManifestRecord], ManifestRecord] | None = None) -> None:
     """Folds all records into one snapshot, so that opening the table lists few files.
 
     Only files whose content is in the new snapshot are removed, so that launchers side by side lose nothing; when
-    another one compacts at the same time, it is left to it.
+    another one compacts at the same time, it is left to it. `revise` may change what a record says of rows
+    that stay what they are.
     """
     entries = _manifest_files(place)
-    if len(entries) <= 1 and all(entry.place.endswith(".parquet") for entry in entries):
+    if not revise and len(entries) <= 1 and all(entry.place.endswith(".parquet") for entry in entries):
         return
     try:
         manifest = _read_listing(entries)
     except FileNotFoundError:
         return
     rows = sorted(manifest.by_unit.items())
+    kept = (revise(record) if revise else record for _, record in rows)
     table = pa.table(
-        {"unit": [unit for unit, _ in rows], "record": [records.to_json(record) for _, record in rows]}, _SNAPSHOT
+        {"unit": [unit for unit, _ in rows], "record": [records.to_json(record) for record in kept]}, _SNAPSHOT
     )
     with files.PendingFile(place) as pending:
         pq.write_table(table, pending, compression="zstd")
@@ -191,6 +201,7 @@ def _brief(record: ManifestRecord) -> ManifestRecord:
     return msgspec.structs.replace(
         record,
         spec_fingerprint=sys.intern(record.spec_fingerprint),
+        opt_out_sha256=sys.intern(record.opt_out_sha256),
         errors=record.errors or _NOTHING,
         seconds=_NOTHING,
         versions=_NOTHING,
@@ -291,6 +302,8 @@ class UnitWriter:
         self._place, self._spec, self._unit, self._previous, self._stale = place, spec, unit, previous, stale
         self._features = _ParquetFile(place, features_schema(spec))
         self._letters: dict[int, DeadLetter] = {}
+        self._left_out: set[int] = set()
+        self._left_out_digests: set[bytes] = set()
         self._rows: list[np.ndarray] = []
         self._keys: set[int] = set()
         self._repeated_keys = 0
@@ -315,10 +328,30 @@ class UnitWriter:
         for letter in letters:
             self._letters[letter.row] = letter
 
+    def leave_out(self, rows: Iterable[int], digests: Iterable[bytes]) -> None:
+        """Records samples that are neither, because their keys (known by 16-byte digests) are on the opt-out list."""
+        self._left_out.update(rows)
+        self._left_out_digests.update(digests)
+
+    def leave_out_as(self, record: ManifestRecord) -> None:
+        """Records, when all else is written, the samples that an earlier record of the same unit left out.
+
+        Raises LedgerError unless what is missing of its samples is as many.
+        """
+        first = record.unit.first_row
+        here = np.concatenate([*self._rows, np.array([*self._letters, *self._left_out], np.int64)])
+        missing = np.setdiff1d(np.arange(first, first + record.rows_in), here)
+        if len(missing) != record.rows_opted_out:
+            raise LedgerError(
+                f"unit {record.unit.id}: {len(missing)} samples are missing, {record.rows_opted_out} were left out"
+            )
+        self.leave_out(missing.tolist(), digests_of(record))
+
     def commit(self, **outcome: Any) -> ManifestRecord:
         """Publishes the unit and returns its record; `outcome` fills the record's fields about cost and origin.
 
-        Raises LedgerError, with nothing published, unless every sample read is a feature row or a dead letter.
+        Raises LedgerError, with nothing published, unless every sample read is a feature row, a dead letter or left
+        out.
         """
         rows_in = self._settle()
         letters = _ParquetFile(self._place, DEAD_LETTERS)
@@ -336,6 +369,8 @@ class UnitWriter:
                 revision=self._previous.revision + 1 if self._previous else 0,
                 repeated_keys=self._repeated_keys,
                 errors=_count(letter.error for letter in self._letters.values()),
+                rows_opted_out=len(self._left_out),
+                opted_out=b"".join(sorted(self._left_out_digests)),
                 **outcome,
             )
         finally:
@@ -354,7 +389,7 @@ class UnitWriter:
             self._features.discard()
             self._features = kept
             written = written[~np.isin(written, list(retracted))]
-        accounted = np.sort(np.concatenate([written, np.fromiter(self._letters, np.int64)]))
+        accounted = np.sort(np.concatenate([written, np.array([*self._letters, *self._left_out], np.int64)]))
         first = self._unit.first_row
         if not np.array_equal(accounted, np.arange(first, first + len(accounted))):
             raise LedgerError(
@@ -390,11 +425,23 @@ def remove_unit(place: str, record: ManifestRecord) -> None:
     """Takes a unit out of the table, record first."""
     gone = msgspec.structs.replace(
         record, revision=record.revision + 1, removed=True, features=None, dead_letters=None, rows_in=0, rows_out=0,
-        rows_dead=0,
+        rows_dead=0, rows_opted_out=0, opted_out=b"", opt_out_sha256="",
     )  # fmt: skip
     write_record(place, gone)
     for path in part_paths(record):
         files.remove(files.join(place, path))
+
+
+def digests_of(record: ManifestRecord) -> list[bytes]:
+    """The digests, 16 bytes each, of the keys that a record says are left out."""
+    blob = record.opted_out
+    return [blob[at : at + KEY_DIGEST_BYTES] for at in range(0, len(blob), KEY_DIGEST_BYTES)]
+
+
+def digests_left_out(records: Iterable[ManifestRecord]) -> np.ndarray:
+    """The digests of all keys that the records leave out: S16 [n], sorted, each once."""
+    blobs = b"".join(record.opted_out for record in records)
+    return np.unique(np.frombuffer(blobs, f"S{KEY_DIGEST_BYTES}"))
 
 
 def part_paths(record: ManifestRecord | None) -> list[str]:
@@ -574,6 +621,11 @@ class Table:
 
         return Feed(self, columns, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, **more)
 
+    @property
+    def rows_opted_out(self) -> int:
+        """How many samples are left out because of their keys."""
+        return sum(record.rows_opted_out for record in self.records)
+
     def dead_letters(self) -> pa.Table:
         """All dead letters, in manifest order."""
         found = []
@@ -702,8 +754,11 @@ def verify(place: str, progress: Callable[[ManifestRecord], None] = lambda recor
 def _verify_unit(table: Table, record: ManifestRecord, lying: dict[str, int]) -> list[str]:
     if record.spec_fingerprint != table.spec.fingerprint:
         return [f"recorded for another table spec ({record.spec_fingerprint[:12]})"]
-    if record.rows_in != record.rows_out + record.rows_dead:
-        return [f"{record.rows_in} samples in, but {record.rows_out} rows and {record.rows_dead} dead letters"]
+    if record.rows_in != record.rows_out + record.rows_dead + record.rows_opted_out:
+        left_out = f" and {record.rows_opted_out} left out" if record.rows_opted_out else ""
+        return [
+            f"{record.rows_in} samples in, but {record.rows_out} rows and {record.rows_dead} dead letters{left_out}"
+        ]
     for part in (record.features, record.dead_letters):
         if part and (problem := _verify_file(table.place, part, lying)):
             return [problem]
@@ -729,10 +784,11 @@ def _verify_rows(table: Table, record: ManifestRecord) -> list[str]:
     rows = [batch["row"].to_numpy() for batch in table.scan(["row"])]
     if record.dead_letters:
         rows.append(table.read_part(record.dead_letters, ["row"])["row"].to_numpy())
-    numbers = np.sort(np.concatenate([*rows, np.empty(0, np.int64)]))
-    first = record.unit.first_row
-    if not np.array_equal(numbers, np.arange(first, first + record.rows_in)):
-        problems.append(f"row numbers are not {first}…{first + record.rows_in - 1}, each once")
+    numbers = np.concatenate([*rows, np.empty(0, np.int64)])
+    first, last = record.unit.first_row, record.unit.first_row + record.rows_in - 1
+    is_range = np.isin(numbers, np.arange(first, last + 1)).all() and len(np.unique(numbers)) == len(numbers)
+    if not is_range or len(numbers) != record.rows_in - record.rows_opted_out:
+        problems.append(f"row numbers are not {first}…{last}, each once")
     for column in table.embedding_columns:
         for start, matrix, present in table.vectors(column):
             norms = np.linalg.norm(matrix.astype(np.float32), axis=1)

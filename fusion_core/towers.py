@@ -16,7 +16,7 @@ import numpy as np
 
 from fusion_core.tokens import Tokenizer
 from schemas import records
-from schemas.feature_table import Precision, Preprocess, TowerSpec
+from schemas.feature_table import Precision, Preprocess, TableSpec, TowerSpec
 
 DEMO = "fusion-demo"  # the small model that ships with us
 _DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -75,6 +75,7 @@ class Towers:
         self._scale, self._shift = (
             row.repeat(spec.preprocess.width).to(device) for row in (1 / (255 * std), -mean / std)
         )
+        self.text_spec = spec
         self._pool_early()
         self._cuts_context = self._can_cut_context()
 
@@ -223,6 +224,24 @@ class Towers:
         return np.asarray(vectors)
 
 
+class PairedTowers(Towers):
+    """The image tower of one model and the text tower of another that was trained for the same space."""
+
+    def __init__(self, image: Towers, text: Towers):
+        self.__dict__.update(image.__dict__)
+        self.text_spec = text.spec
+        self._text = text
+
+    @property
+    def logit_scale(self) -> float:
+        """That of the text tower's model, which was the last to be trained."""
+        return self._text.logit_scale
+
+    def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
+        """Unit vectors, float32 [n, D], of captions, by the text tower's model."""
+        return self._text.embed_texts(texts, pad_to)
+
+
 def load(model: str, pretrained: str = "", device: str = "auto", precision: str = "auto") -> Towers:
     """The towers of a model, loaded once per process.
 
@@ -257,6 +276,15 @@ def for_spec(spec: TowerSpec, device: str = "auto", pretrained: str = "") -> Tow
     if here != there:
         raise TowerError(f"{spec.model} is not what it was: " + "; ".join(records.differences(here, there)))
     return towers
+
+
+def for_table(spec: TableSpec, device: str = "auto", pretrained: str = "") -> Towers:
+    """The towers that a table or an index was made with, be they of one model or of two; raises TowerError.
+
+    `pretrained`: where the weights lie now, if they were moved; of two models, those of the images.
+    """
+    towers = for_spec(spec.tower, device, pretrained)
+    return PairedTowers(towers, for_spec(spec.text_tower, device)) if spec.text_tower else towers
 
 
 def are_unchanged(spec: TowerSpec, model: str, pretrained: str = "") -> bool:

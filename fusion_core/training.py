@@ -98,7 +98,7 @@ def train(
     if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
         raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")
     net, epochs = fit(examples, chosen[TRAIN], chosen[VALIDATION], job, device, epoch)
-    fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.tower.backbone)
+    fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.backbone)
     judged = [_some(rows, _JUDGED_ROWS, job.seed) for rows in chosen]
     reports = []
     if examples.contrastive:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_core import files, fusers, images, readers, shards, table
+from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.towers import Towers
 from schemas.feature_table import WEIGHTS, ManifestRecord, Part, TableSpec, features_schema
 from schemas.samples import DeadLetter, Sample, Unit
@@ -32,7 +33,7 @@ ResultT = TypeVar("ResultT")
 _WINDOW_ROWS = 1024  # captions are sorted by length within a window
 _WINDOW_BYTES = 64 << 20  # of encoded images
 _PIECE_ROWS, _PIECE_BYTES, _PIECES_AHEAD = 32, 8 << 20, 8  # read while what came before is worked on
-_KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
+KNOWN_LIMIT = 100_000  # images and captions remembered, so that a huge shard does not fill the memory
 _DECODE_THREADS = 8  # ahead of a GPU
 NO_ROW = -1  # while no image is being decoded
 
@@ -61,12 +62,14 @@ def run_unit(
     batch: int = 16,
     done: Callable[[int], None] = lambda n: None,
     decoding: Callable[[int], None] = lambda row: None,
+    opt_out: OptOut = NOTHING,
 ) -> ManifestRecord:
     """Embeds one unit into the table at `output` and returns its record; `done` hears of finished samples, and
     `decoding` of the row whose image is in work (nothing where threads decode ahead of a GPU).
 
-    Equal images and equal captions are embedded once; those of the unit's earlier part keep their vectors. Raises
-    InputChanged when the shard is not what was planned, OSError when it cannot be read or the part not be written.
+    Samples whose keys are on the opt-out list are left out before they are decoded. Equal images and equal captions are
+    embedded once; those of the unit's earlier part keep their vectors. Raises InputChanged when the shard is not what
+    was planned, OSError when it cannot be read or the part not be written.
     """
     clock = Clock()
     started = time.perf_counter()
@@ -76,7 +79,9 @@ def run_unit(
         stream = without_crashes(readers.read(work.unit, spec.input), work.crashes)
         if towers.device != "cpu" or not files.is_local(work.unit.shard):
             stream = ahead(stream)  # beside a local disk, the thread costs a CPU more than it saves
-        for window in windows(clock.each("read", stream)):
+        for found in windows(clock.each("read", stream)):
+            window = passed_by(found, opt_out, writer)
+            done(len(found) - len(window))
             rows, letters = embed_images(window, spec, towers, known, batch, clock, done, decoding)
             embed_texts(rows, towers, known, batch, clock)
             with clock("fuse"):
@@ -88,6 +93,7 @@ def run_unit(
         with clock("write"):
             return writer.commit(
                 rows_reused=known.rows_reused,
+                opt_out_sha256=opt_out.sha256,
                 seconds={**clock.seconds, "unit": time.perf_counter() - started},
                 versions=versions(),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -168,7 +174,7 @@ def earlier_vectors(output: str, spec: TableSpec, previous: ManifestRecord | Non
     part = previous.features if previous and previous.spec_fingerprint == spec.fingerprint else None
     if part is None or not _is_whole(output, part):
         return known
-    rows = table.Table(output, spec, ()).read_part(part).slice(0, _KNOWN_LIMIT)
+    rows = table.Table(output, spec, ()).read_part(part).slice(0, KNOWN_LIMIT)
     image, text = (table.to_numpy(rows[name].combine_chunks()) for name in ("image_embedding", "text_embedding"))
     digests, captions = rows["sha256"].to_pylist(), rows["caption"].to_pylist()
     sizes = zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
@@ -264,7 +270,7 @@ def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLett
     except images.BadImage as bad:
         return DeadLetter(sample.key, sample.row, "decode", bad.error, str(bad), sample.offset)
     image = KnownImage(decoded.width, decoded.height)
-    if len(known.images) < _KNOWN_LIMIT:
+    if len(known.images) < KNOWN_LIMIT:
         image = known.images.setdefault(digest, image)
     return Row(sample, digest, image, pixels=decoded.pixels, is_new=True)
 
@@ -301,7 +307,7 @@ def embed_texts(rows: Sequence[Row], towers: Towers, known: Known, batch: int, c
             row.text = known.texts[caption] if caption in known.texts else embedded[caption]
             row.is_new |= caption in first
             first.discard(caption)
-    if len(known.texts) < _KNOWN_LIMIT:
+    if len(known.texts) < KNOWN_LIMIT:
         known.texts.update(embedded)
     known.rows_reused += sum(not row.is_new for row in rows)
 

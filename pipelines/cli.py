@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pipelines import options
 
 if TYPE_CHECKING:
+    from fusion_core.opt_out import OptOut
     from fusion_core.table import Table
     from pipelines.embed import EmbedJob
     from pipelines.plan import Plan
@@ -114,34 +115,58 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     output = files.absolute(args.output)
     inputs = InputSpec(**{name: getattr(args, name) for name in InputSpec.__dataclass_fields__})
     next(iter(shards.plan(args.input, inputs)))  # that there is nothing to read is said before the slow imports
+    keys = _opt_out(args)
 
     from fusion_core import towers
     from pipelines import embed, plan, runner
 
     runner.check_beam_options(rest, vars(args))
-    tower = _tower(args, table.read_spec(output), rest)
+    existing = table.read_spec(output)
+    tower = _tower(
+        args, args.model, args.pretrained, existing.tower if existing else None, lambda: _prepare(args, rest)
+    )
     fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone) if args.fuser else None
     spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
     if fuser:
         fusers.keep(fuser, output)
-    planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
+    share = args.shard_index, args.num_shards
+    planned = plan.compare(args.input, output, spec, share, keys=keys, remove_missing=args.remove_missing)
     if planned.work:
         _prepare(args, rest)
         towers.for_spec(spec.tower, args.device, args.pretrained)
-    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
+    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
-def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
+def _tower(
+    args: argparse.Namespace,
+    model: str,
+    pretrained: str,
+    existing: "TowerSpec | None",
+    prepare: Callable[[], None] = lambda: None,
+) -> "TowerSpec":
     """The spec of the towers that are asked for; those of a table that stands are not loaded before there is work."""
     from fusion_core import towers
 
     precision = args.precision
-    if existing and precision in ("auto", existing.tower.precision):
-        precision = existing.tower.precision  # a scheduled run may land on another machine
-        if towers.are_unchanged(existing.tower, args.model, args.pretrained):
-            return existing.tower
-    _prepare(args, rest)
-    return towers.load(args.model, args.pretrained, args.device, precision).spec
+    if existing and precision in ("auto", existing.precision):
+        precision = existing.precision  # a scheduled run may land on another machine
+        if towers.are_unchanged(existing, model, pretrained):
+            return existing
+    prepare()
+    return towers.load(model, pretrained, args.device, precision).spec
+
+
+def _opt_out(args: argparse.Namespace) -> "OptOut | None":
+    """The list of keys to leave out that is asked for; None where none is named, not even `none`."""
+    from fusion_core import files, opt_out
+
+    if args.opt_out is None:
+        return None
+    return opt_out.load(args.opt_out if args.opt_out == opt_out.NO_LIST else files.absolute(args.opt_out))
+
+
+def _named(keys: "OptOut | None") -> tuple[str, str]:
+    return (keys.place, keys.sha256) if keys else ("", "")
 
 
 def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
@@ -159,21 +184,27 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
     spec = feature_table.spec
-    _check_not_imported(spec, feature_table.place)
+    _check_of_shards(spec, feature_table.place)
     broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
     if not broken:
         print(f"{feature_table.place}: no dead letters")
         return DONE
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, feature_table.place, spec, redo=lambda record: record.rows_dead > 0)
-    return _run(args, rest, embed.EmbedJob(feature_table.place, spec, towers.absolute(args.pretrained)), planned)
+    keys, place = _opt_out(args), feature_table.place
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.rows_dead > 0, keys=keys)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
-def _check_not_imported(spec: "TableSpec", place: str) -> None:
+def _check_of_shards(spec: "TableSpec", place: str) -> None:
+    """Raises TableError for a table that shards and one model alone do not make."""
+    from fusion_core import table
+
+    if spec.text_tower:
+        raise table.TableError(
+            f"{place} was made by `fusion fuse --text-model`: do this to the table that it was made of, then fuse again"
+        )
     if spec.imported:
-        from fusion_core import table
-
         raise table.TableError(
             f"{place} was imported, not embedded here: repair the files it came from, delete the parts that are "
             "damaged and run `fusion import` again; it does anew what has changed or is missing"
@@ -190,8 +221,9 @@ def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "P
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
+    _tell_opt_out(feature_table, job, run)
     if run.state == "failed":
-        return _tell_failures(run, len(planned.work))
+        return _tell_failures(run, len(planned.work) + len(planned.unswept))
     report.write(feature_table, job.output, "Feature table", run)
     return _judge_dead_letters(feature_table, args.max_dead_letters)
 
@@ -208,7 +240,8 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
 
     rows_in = sum(record.rows_in for record in feature_table.records)
     rows, dead = feature_table.num_rows, sum(feature_table.errors.values())
-    print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters")
+    left_out = f" + {feature_table.rows_opted_out:,} opted out" if feature_table.rows_opted_out else ""
+    print(f"{feature_table.place}: {rows_in:,} samples = {rows:,} rows + {dead:,} dead letters{left_out}")
     for error, count in feature_table.errors.items():
         print(f"  {count:>8,} {error}: {ERRORS.get(error, '')}")
     repeated = sum(record.repeated_keys for record in feature_table.records)
@@ -217,6 +250,26 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
     print(
         f"  this run: {run.units_done:,} units done, {run.units_skipped:,} stood already, {run.units_failed:,} failed"
     )
+    if run.units_removed:
+        left = f"{run.units_removed:,} units of {run.rows_removed:,} rows"
+        print(f"  {left} left the table: they are not in the input any more")
+
+
+def _tell_opt_out(feature_table: "Table", job: "EmbedJob", run: "RunRecord") -> None:
+    """What proves that the listed keys are not in the table, and which of them never were in its shards."""
+    from fusion_core import opt_out, table
+
+    keys = opt_out.load(*job.opt_out)
+    if not keys.sha256:
+        return
+    missing, examples = keys.missing(table.digests_left_out(feature_table.records))
+    listed = len(keys.digests)
+    print(
+        f"  opt-out list {keys.sha256[:12]}: {listed - missing:,} of its {listed:,} keys found, "
+        f"{feature_table.rows_opted_out:,} samples left out; this run took {run.rows_opted_out:,} out of recorded units"
+    )
+    if missing:
+        print(f"  {missing:,} listed keys were found in no unit of the table, e.g. {', '.join(examples)}")
 
 
 def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None) -> int:
@@ -277,14 +330,15 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     runner.check_beam_options(rest, vars(args))
     spec = table.read_spec(place)
     assert spec is not None  # the table was just verified
-    _check_not_imported(spec, place)
+    _check_of_shards(spec, place)
     broken = sorted(set(table.shards_of(place, units)))
     if not broken:
         return DONE
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units)
-    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained)), planned)
+    keys = _opt_out(args)
+    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units, keys=keys)
+    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------
@@ -364,7 +418,7 @@ def _label(args: argparse.Namespace, _: list[str]) -> int:
 
     feature_table = table.Table.open(args.table)
     classes = labels.read_classes(args.labels, args.templates)
-    tower = towers.for_spec(feature_table.spec.tower, args.device, args.pretrained)
+    tower = towers.for_table(feature_table.spec, args.device, args.pretrained)
     with tqdm(total=feature_table.num_rows, unit=" rows", disable=not sys.stderr.isatty()) as bar:
         record = labels.write(
             feature_table,
@@ -420,7 +474,7 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
 
             from fusion_core import search, towers
 
-            tower = towers.for_spec(found.record.table_spec.tower, args.device, args.pretrained)
+            tower = towers.for_table(found.record.table_spec, args.device, args.pretrained)
             limits = serve.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
             app = serve.build(search.Searcher(found, tower), limits, token, hosts)
             rows = f"{found.record.rows_indexed:,} rows"
@@ -494,25 +548,53 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     source, output = table.Table.open(args.table), files.absolute(args.output)
     if output == source.place:
         raise table.TableError(f"--output {output} is the table that is read: name another place")
-    tower = source.spec.tower
-    fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone)
-    spec = replace(source.spec, fuser=fuser.spec, fusion_weights=args.weights)
+    spec = replace(source.spec, fuser=None, fusion_weights=args.weights, text_tower=_text_tower(args, source, output))
+    fuser = fusers.parse(args.fuser, spec.tower.embedding_dim, spec.backbone) if args.fuser else None
+    spec = replace(spec, fuser=fuser.spec if fuser else None)
 
     from pipelines import fuse, runner
 
     runner.check_beam_options(rest, vars(args))
     spec = table.claim(output, spec)
-    fusers.keep(fuser, output)
+    if fuser:
+        fusers.keep(fuser, output)
     knobs = runner.Knobs(workers=args.workers or 0, quiet=args.quiet)
-    run = fuse.run(
-        fuse.FuseJob(source.place, source.spec, output, spec), source, knobs, _recorded(args.arguments), rest
-    )
+    job = fuse.FuseJob(source.place, source.spec, output, spec, args.device)
+    run = fuse.run(job, source, knobs, _recorded(args.arguments), rest)
     fused = table.Table.open(output)
     _summarize(fused, run)
     if run.state == "failed":
         return _tell_failures(run, run.units_done + run.units_failed)
+    if job.text_tower and run.units_done:
+        means = [_mean_similarity(one) for one in (source, fused)]
+        print(f"  mean similarity of image and caption: {means[0]:.3f} before, {means[1]:.3f} now")
     report.write(fused, output, "Fused table", run)
     return DONE
+
+
+def _text_tower(args: argparse.Namespace, source: "Table", output: str) -> "TowerSpec | None":
+    """The spec of what embedded the captions of the table that is asked for, where it is another than the images'."""
+    from fusion_core import table
+
+    if not args.text_model:
+        if not args.fuser:
+            raise table.TableError("nothing to do: name a --fuser, a --text-model or both")
+        return source.spec.text_tower
+    existing = table.read_spec(output)
+    tower = _tower(args, args.text_model, args.text_pretrained, existing.text_tower if existing else None)
+    ours, theirs = source.spec.tower.embedding_dim, tower.embedding_dim
+    if ours != theirs:
+        raise table.TableError(
+            f"the text tower of {tower.model} gives vectors of {theirs} dimensions, the images of {source.place} have "
+            f"{ours}: name one that was trained for their space"
+        )
+    return tower
+
+
+def _mean_similarity(feature_table: "Table") -> float:
+    """Of up to 1,000 rows that have both modalities."""
+    rows = feature_table.sample(1000, columns=["similarity"])["similarity"].drop_null().to_numpy()
+    return float(rows.mean()) if len(rows) else float("nan")
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> int:

@@ -89,7 +89,7 @@ def _query_picture() -> bytes:
 
 def _write_report(folder: Path, the_table: str, the_index: str, query: Path, trained: Sequence[FuserRecord]) -> None:
     found = index.Index.open(files.absolute(the_index))
-    searcher = search.Searcher(found, towers.for_spec(found.record.table_spec.tower))
+    searcher = search.Searcher(found, towers.for_table(found.record.table_spec))
     image = query.read_bytes()
     searches = [
         _search(searcher, f"Search by text: “{_TEXTS[0]}”", text=_TEXTS[0]),

@@ -16,7 +16,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import files, table, towers, unit
+from fusion_core import files, opt_out, table, towers, unit
 from pipelines import progress, runner, workers
 from pipelines.plan import Plan
 from pipelines.runner import Knobs
@@ -33,6 +33,7 @@ class EmbedJob:
     output: str
     spec: TableSpec
     pretrained: str = ""  # where the weights lie now, if not where the spec says
+    opt_out: tuple[str, str] = ("", "")  # the place of the list of keys to leave out, and its SHA-256
 
 
 class Outcome(NamedTuple):
@@ -73,7 +74,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             Metrics.counter(_NAMESPACE, "units_done_before").inc()
             yield Outcome(work.unit.id, recorded.rows_in, recorded.rows_out, recorded.rows_dead)
             return
-        result = self._run(workers.Order(work, self._job.output, self._job.spec, self._knobs.batch))
+        result = self._run(self._order(work))
         if isinstance(result, workers.Failure):
             _LOG.error("unit %s failed: %s\n%s", work.unit.id, result.why, result.trace)
             progress.add_failure(work.unit.id, result.why)
@@ -82,6 +83,9 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             _count(result)
             progress.add_unit(result.rows_in, work.unit.identity.size_bytes)
             yield Outcome(work.unit.id, result.rows_in, result.rows_out, result.rows_dead)
+
+    def _order(self, work: unit.Work) -> workers.Order:
+        return workers.Order(work, self._job.output, self._job.spec, self._knobs.batch, self._job.opt_out)
 
     def _run(self, order: workers.Order) -> ManifestRecord | workers.Failure:
         if self._towers:
@@ -116,23 +120,33 @@ def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Seq
     """
     watch = progress.Watch(job.output, command, plan, knobs.quiet)
     with watch:
-        if plan.work:
-            failures = _run_pipeline(job, plan, knobs, beam_options)
-            watch.update(
-                units_done=len(plan.work) - len(failures),
-                units_failed=len(failures),
-                failures=tuple(failures[:100]),
-                state="failed" if failures else "done",
-            )
-        else:
-            watch.update(state="done")
+        swept = _sweep(job, plan, knobs)
+        watch.update(rows_opted_out=swept.rows, opt_out_sha256=job.opt_out[1])
+        failures = _run_pipeline(job, plan, knobs, beam_options) if plan.work else []
+        watch.update(
+            units_done=len(plan.work) - len(failures),
+            units_failed=len(failures) + len(swept.failures),
+            failures=(*swept.failures, *failures)[:100],
+            state="failed" if failures or swept.failures else "done",
+        )
         if watch.run.state == "done":
             for record in plan.gone:
                 table.remove_unit(job.output, record)
+            watch.update(units_removed=len(plan.gone), rows_removed=sum(record.rows_out for record in plan.gone))
         files.remove_stale_temporaries(job.output)
         if plan.work or plan.gone:
             table.compact(job.output)
     return watch.run
+
+
+def _sweep(job: EmbedJob, plan: Plan, knobs: Knobs) -> opt_out.Swept:
+    """Has keys of a list that is new to recorded units leave the table, before anything else is done."""
+    if not plan.unswept:
+        return opt_out.Swept({})
+    keys = opt_out.load(*job.opt_out)
+    swept = opt_out.sweep(job.output, job.spec, plan.unswept, keys, knobs.threads)
+    table.compact(job.output, lambda record: opt_out.marked(record, swept, keys))
+    return swept
 
 
 def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:

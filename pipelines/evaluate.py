@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         feature_table,
         spec,
         classes,
-        partial(towers.for_spec, feature_table.spec.tower, args.device, args.pretrained),
+        partial(towers.for_table, feature_table.spec, args.device, args.pretrained),
         partial(print, file=sys.stderr),
     )
     output = files.absolute(args.output or args.place)

@@ -1,4 +1,4 @@
-"""The fusing job: a feature table and a fuser in, a feature table out that has its vectors, too.
+"""The fusing job: a feature table and a fuser or a text tower in, a feature table out that has their vectors.
 
     Create(work) | FuseUnits = (Reshuffle | ParDo(FuseUnit))
 
@@ -20,7 +20,7 @@ from fusion_core.table import Table, TableError
 from pipelines import progress, runner
 from pipelines.plan import Plan, unrecorded
 from pipelines.runner import Knobs
-from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
+from schemas.feature_table import ManifestRecord, RunRecord, TableSpec, TowerSpec
 
 _LOG = logging.getLogger("fusion.unit")
 _NAMESPACE = "fusion"
@@ -34,6 +34,12 @@ class FuseJob:
     source_spec: TableSpec
     output: str
     spec: TableSpec
+    device: str = "auto"  # of the text tower, where the captions are embedded anew
+
+    @property
+    def text_tower(self) -> TowerSpec | None:
+        """What embeds the captions anew; None where their vectors stay."""
+        return self.spec.text_tower if self.spec.text_tower != self.source_spec.text_tower else None
 
 
 class FuseUnit(beam.DoFn):  # type: ignore[misc]
@@ -41,16 +47,19 @@ class FuseUnit(beam.DoFn):  # type: ignore[misc]
 
     def __init__(self, job: FuseJob):
         self._job = job
+        self._text: towers.Towers | None = None
 
     def setup(self) -> None:
         """Units are fused side by side, each in one thread: rounding does not depend on how many there are."""
         towers.one_thread_each()
+        if spec := self._job.text_tower:
+            self._text = towers.for_spec(spec, self._job.device)
 
     def process(self, item: FuseWork) -> Iterator[str]:
         """Fuses one unit."""
         source = Table(self._job.source, self._job.source_spec, ())
         try:
-            record = fuse.fuse_unit(item, source, self._job.output, self._job.spec, progress.add_samples)
+            record = fuse.fuse_unit(item, source, self._job.output, self._job.spec, progress.add_samples, self._text)
         except Exception as error:
             _LOG.error("unit %s failed", item.work.unit.id, exc_info=not isinstance(error, (OSError, ValueError)))
             progress.add_failure(item.work.unit.id, f"{item.work.unit.shard}: {type(error).__name__}: {error}")
@@ -100,6 +109,8 @@ def _stands(known: ManifestRecord, record: ManifestRecord, spec: TableSpec, lyin
 def run(job: FuseJob, source: Table, knobs: Knobs, command: str, beam_options: Sequence[str] = ()) -> RunRecord:
     """Makes the table at the job's output be the source, fused; the run's state is `failed` when any unit failed."""
     planned, items = plan(source, job.output, job.spec)
+    if items and job.text_tower:
+        towers.for_spec(job.text_tower, job.device)  # what is wrong with it is said before work starts
     watch = progress.Watch(job.output, command, planned, knobs.quiet)
     with watch:
         failures = _run_pipeline(job, items, knobs, beam_options) if items else []

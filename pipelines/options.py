@@ -49,7 +49,9 @@ def build() -> argparse.ArgumentParser:
     _label(_command(commands, "label", "zero-shot class probabilities, as columns beside a table's rows"))
     _caption(_command(commands, "caption", "captions for the pictures that have none, as columns beside the rows"))
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
-    _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
+    _fuse(
+        _command(commands, "fuse", "a table with the vectors of another fuser or text tower, without touching a pixel")
+    )
     _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
     _import(_command(commands, "import", "embeddings that clip-retrieval made, as a feature table"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
@@ -104,6 +106,11 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=positive, default=_DEFAULTS["max_pixels"], help="default: %(default)s")
     parser.add_argument("--shard-index", type=int, default=0, help="which of several launchers on one table this is")
     parser.add_argument("--num-shards", type=positive, default=1, help="how many launchers share the table")
+    parser.add_argument(
+        "--remove-missing", type=share, nargs="?", const=(10.0, True), metavar="N|P%%",
+        help="have what came from shards that are not in the input any more leave the table; refused, with nothing "
+        "done, if those are more than so many samples of the table (default: 10%%)",
+    )  # fmt: skip
     _running(parser)
 
 
@@ -139,6 +146,11 @@ def _running(parser: argparse.ArgumentParser) -> None:
         metavar="N|P%%",
         help="exit with 3 when the table has more dead letters than this",
     )
+    parser.add_argument(
+        "--opt-out", metavar="FILE|none",
+        help="keys that are to be in no table, one on each line, or as column `key` of a Parquet, CSV or TSV file: "
+        "they are left out, and leave what is recorded; a table made with a list asks for one each time",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
 
@@ -386,14 +398,30 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _fuse(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser. Nothing but TABLE "
-        "is read. Run it again to resume, or to follow TABLE where that has grown or changed."
+        "Writes a table with all columns of TABLE, row for row, and the fused_embedding of a fuser, or with captions "
+        "embedded by another text tower, or both. Nothing but TABLE is read. Run it again to resume, or to follow "
+        "TABLE where that has grown or changed."
     )
     parser.add_argument("table", metavar="TABLE", help="the feature table's folder or URI")
     parser.add_argument(
-        "--fuser", required=True, metavar="DIR|SPEC",
-        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard",
+        "--fuser", default="", metavar="DIR|SPEC",
+        help="a folder of `fusion train`, or weighted_sum:image=0.7,text=0.3, concat, hadamard; without, the new table "
+        "has no fused_embedding",
     )  # fmt: skip
+    parser.add_argument(
+        "--text-model", default="", metavar="MODEL",
+        help="embed the captions anew by this model's text tower, which was trained for the space of TABLE's images, "
+        "as by fine-tuning or LiT: an OpenCLIP name, hf-hub:…, a model folder or a config JSON",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-pretrained", default="", metavar="TAG|FILE", help="its weights, where the model does not bring its own"
+    )
+    parser.add_argument(
+        "--precision", default="auto", help="of the text tower: auto, fp32, bf16, fp16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="of the text tower: auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
     parser.add_argument("--output", required=True, metavar="TABLE2", help="the new table's folder or URI")
     parser.add_argument(
         "--weights", action="store_true", help="also fusion_weights: how much image and text weighed in each row"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusion_core import files, shards, table, unit
+from fusion_core.opt_out import NOTHING, OptOut
 from schemas.feature_table import ManifestRecord, TableSpec
 from schemas.samples import Unit
 
@@ -14,11 +15,14 @@ LOG = logging.getLogger("fusion.plan")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do on a table: units to run (big ones first), records to take out, units that stand already."""
+    """What a run has to do on a table: units to run (big ones first), records to take out, units that stand already,
+    and recorded units that have not been held against the opt-out list.
+    """
 
     work: tuple[unit.Work, ...]
     gone: tuple[ManifestRecord, ...]
     skipped: int
+    unswept: tuple[ManifestRecord, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -38,35 +42,68 @@ def compare(
     spec: TableSpec,
     share: tuple[int, int] = (0, 1),
     redo: Callable[[ManifestRecord], bool] = lambda record: False,
+    keys: OptOut | None = None,
+    remove_missing: tuple[float, bool] | None = None,
 ) -> Plan:
     """Compares the shards that `inputs` name with what the table at `output` holds.
 
     `share`: (index, number) of this launcher among several on one table. `redo`: whether a unit is worked
-    on again although its record and its input are what they were.
+    on again although its record and its input are what they were. `keys`: the opt-out list; a unit is worked on
+    again, too, when a key that it left out is not on it. `remove_missing`: have units leave the table whose shard is
+    not in the input at all, if that is no more than so many samples, or (…, True) percent of them; None: they stay.
+
+    Raises TableError for more than that, and without a list for a table that was made with one.
     """
     manifest = table.read_manifest(output, brief=True)
+    if keys is None and any(record.opt_out_sha256 for record in manifest.by_unit.values()):
+        raise table.TableError(
+            f"{output} was made with an opt-out list: give it again with --opt-out FILE, so that no key comes back "
+            "unasked (--opt-out none: leave nothing out any more)"
+        )
+    keys = keys or NOTHING
     for path in manifest.damaged:
         LOG.warning("%s is damaged: the units it recorded are done again", path)
     lying = table.list_parts(output)
     stale = unrecorded(lying, manifest)
     planned: dict[str, str] = {}  # a unit's shard; a million units are looked at one by one, not held
-    work, litter, skipped = [], list[str](), 0
+    work, litter, skipped, unswept = [], list[str](), 0, list[ManifestRecord]()
     for item in shards.plan(inputs, spec.input):
         if item.id in planned:
             raise shards.InputError(f"{item.shard} and {planned[item.id]} have the same unit id {item.id}: rename one")
         planned[item.id] = item.shard
-        if zlib.crc32(item.id.encode()) % share[1] != share[0]:
+        if not _is_in(share, item.id):
             continue
         record = manifest.by_unit.get(item.id)
-        if record and _stands(record, item, spec, lying) and not redo(record):
+        if record and _stands(record, item, spec, lying) and not redo(record) and not _lets_back(keys, record):
             skipped += 1
             litter += stale.get(item.id, ())  # left by a run that died after its record was written
         else:
             work.append(unit.Work(item, record, tuple(stale.get(item.id, ()))))
+    gone = _gone(manifest, planned)
+    if remove_missing is not None:
+        gone += _missing(manifest, planned, output, remove_missing)
+    gone = tuple(record for record in gone if _is_in(share, record.unit.id))
+    leaving = {item.unit.id for item in work if item.previous} | {record.unit.id for record in gone}
+    for record in manifest.by_unit.values():
+        if record.unit.id in leaving or not _is_in(share, record.unit.id):
+            continue
+        if record.removed or (keys.sha256 and record.unit.id not in planned):  # by a run that died while it took out
+            litter += stale.get(record.unit.id, ())
+        if not record.removed and record.opt_out_sha256 != keys.sha256 and table.has_parts(record, lying):
+            unswept.append(record)
     for path in litter:
         files.remove(files.join(output, path))
     work.sort(key=lambda work: (-(work.unit.rows or 0), -work.unit.identity.size_bytes, work.unit.id))
-    return Plan(tuple(work), _gone(manifest, planned), skipped)
+    return Plan(tuple(work), gone, skipped, tuple(unswept))
+
+
+def _is_in(share: tuple[int, int], unit_id: str) -> bool:
+    return zlib.crc32(unit_id.encode()) % share[1] == share[0]
+
+
+def _lets_back(keys: OptOut, record: ManifestRecord) -> bool:
+    """Whether the list lets a key back in that the unit left out."""
+    return bool(record.opted_out) and not keys.holds(table.digests_of(record)).all()
 
 
 def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
@@ -87,6 +124,24 @@ def unrecorded(lying: Iterable[str], manifest: table.Manifest) -> dict[str, list
     for path in sorted(path for path in lying if path not in recorded):
         stale.setdefault(table.unit_of_part(path), []).append(path)
     return stale
+
+
+def _missing(
+    manifest: table.Manifest, planned: Mapping[str, str], output: str, limit: tuple[float, bool]
+) -> tuple[ManifestRecord, ...]:
+    """Records of units whose shard is not in the input; raises TableError where they are more than the limit."""
+    shards_planned = set(planned.values())
+    live = manifest.live
+    found = tuple(record for record in live if record.unit.shard not in shards_planned)
+    samples, all_samples = (sum(record.rows_in for record in some) for some in (found, live))
+    value, percent = limit
+    if samples > (value / 100 * all_samples if percent else value):
+        raise table.TableError(
+            f"{output}: {samples:,} of its {all_samples:,} samples are of shards that are not in the input (e.g. "
+            f"{found[0].unit.shard}): more than --remove-missing {value:g}{'%' * percent} allows. Nothing was done. Is "
+            "all of the input there? If they are to leave the table, give a higher limit (--remove-missing 100%)"
+        )
+    return found
 
 
 def _gone(manifest: table.Manifest, planned: Mapping[str, str]) -> tuple[ManifestRecord, ...]:

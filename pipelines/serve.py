@@ -462,7 +462,7 @@ def _about(searcher: Searcher, limits: Limits) -> dict[str, Any]:
         "rows": record.rows_indexed,
         "rows_table": record.rows_table,
         "column": record.column,
-        "model": record.table_spec.tower.model,
+        "model": record.table_spec.models,
         "pretrained": record.table_spec.tower.pretrained,
         "dim": record.dim,
         "columns": META.names,

@@ -17,11 +17,12 @@ def describe(feature_table: table.Table) -> dict[str, Any]:
     runs = table.read_runs(feature_table.place)
     return {
         "table": feature_table.place,
-        "model": feature_table.spec.tower.model,
+        "model": feature_table.spec.models,
         "units": len(records),
         "samples": sum(record.rows_in for record in records),
         "rows": feature_table.num_rows,
         "dead_letters": feature_table.errors,
+        "opted_out": feature_table.rows_opted_out,
         "repeated_keys": sum(record.repeated_keys for record in records),
         "seconds": {stage: round(spent, 3) for stage, spent in sorted(feature_table.seconds.items())},
         "run": _describe_run(runs[-1], records) if runs else None,
@@ -50,6 +51,10 @@ def _describe_run(run: RunRecord, records: tuple[Any, ...]) -> dict[str, Any]:
         "samples_done": run.samples_done,
         "samples_per_second": round(rate, 1),
         "seconds_left": left,
+        "units_removed": run.units_removed,
+        "rows_removed": run.rows_removed,
+        "rows_opted_out": run.rows_opted_out,
+        "opt_out_sha256": run.opt_out_sha256,
         "failures": list(run.failures),
     }
 
@@ -73,7 +78,8 @@ def text(found: dict[str, Any]) -> str:
     dead = sum(found["dead_letters"].values())
     lines = [
         f"{found['table']} ({found['model']})",
-        f"  {found['units']:,} units: {found['samples']:,} samples = {found['rows']:,} rows + {dead:,} dead letters",
+        f"  {found['units']:,} units: {found['samples']:,} samples = {found['rows']:,} rows + {dead:,} dead letters"
+        + (f" + {found['opted_out']:,} opted out" if found["opted_out"] else ""),
         *(f"    {count:,} {error}" for error, count in found["dead_letters"].items()),
     ]
     if found["repeated_keys"]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver
 from typing import Any
 
-from fusion_core import towers, unit
+from fusion_core import opt_out, towers, unit
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -53,6 +53,7 @@ class Order:
     output: str
     spec: TableSpec
     batch: int = 0  # 0: what suits the device and the model
+    opt_out: tuple[str, str] = ("", "")  # the place of the list of keys to leave out, and its SHA-256
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,11 @@ def attempt(
         told += n
         done(n)
 
+    batch = order.batch or model.batch
     for pause in (*_PAUSES_SECONDS, None):
         try:
-            return unit.run_unit(order.work, order.output, order.spec, model, batch, count, decoding)
+            keys = opt_out.load(*order.opt_out)
+            return unit.run_unit(order.work, order.output, order.spec, model, batch, count, decoding, keys)
         except Exception as error:
             if pause is None or not isinstance(error, OSError) or error.errno in _LASTING:
                 trace = "" if isinstance(error, OSError) else traceback.format_exc()

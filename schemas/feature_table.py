@@ -14,6 +14,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 EMBEDDINGS = ("image_embedding", "text_embedding", "fused_embedding")
 WEIGHTS = "fusion_weights"  # (image, text), together 1 where the row has either
+KEY_DIGEST_BYTES = 16  # of the SHA-256 of a key on an opt-out list
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,32 @@ class TableSpec:
     fuser: FuserSpec | None = None
     fusion_weights: bool = False  # since 1.1: a column says how much each modality weighed in a row
     imported: str = ""  # since 1.1: the layout whose vectors these are; then no row was embedded by us
+    text_tower: TowerSpec | None = None  # since 1.1: what embedded the captions, where `tower` did the images only
     schema_version: str = records.VERSION
+
+    @property
+    def backbone(self) -> str:
+        """SHA-256 (hex) over what makes vectors comparable; the tower's own, where one model embedded both sides."""
+        if self.text_tower is None or self.text_tower.backbone == self.tower.backbone:
+            return self.tower.backbone
+        return records.fingerprint([self.tower.backbone, self.text_tower.backbone])
+
+    @property
+    def models(self) -> str:
+        """The name of the model, or of both, for a reader."""
+        return f"{self.tower.model}, captions by {self.text_tower.model}" if self.text_tower else self.tower.model
 
     @property
     def decisive(self) -> "TableSpec":
         """The spec without what only tells where things were found."""
-        return replace(self, tower=replace(self.tower, model="", pretrained=""))
+        text = self.text_tower and replace(self.text_tower, model="", pretrained="")
+        return replace(self, tower=replace(self.tower, model="", pretrained=""), text_tower=text)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over what decides the rows."""
         decisive: dict[str, object] = msgspec.to_builtins(self.decisive)
-        for name in ("fusion_weights", "imported"):
+        for name in ("fusion_weights", "imported", "text_tower"):
             if not decisive[name]:
                 del decisive[name]  # so that tables of 1.0 keep their fingerprint
         return records.fingerprint(decisive)
@@ -123,6 +138,9 @@ class ManifestRecord(msgspec.Struct, frozen=True, gc=False):
     versions: dict[str, str] = {}
     finished_at: str = ""  # UTC, ISO 8601
     source_sha256: str = ""  # since 1.1: of the other table's unit that `fusion fuse` made this one from
+    rows_opted_out: int = 0  # since 1.1, as what follows: samples left out because of their keys
+    opted_out: bytes = b""  # of those keys, the first 16 bytes of the SHA-256 of each, sorted
+    opt_out_sha256: str = ""  # of the list of which the unit holds no key; empty: of none
     schema_version: str = records.VERSION
 
 
@@ -140,6 +158,10 @@ class RunRecord:
     units_skipped: int
     units_done: int = 0
     units_failed: int = 0
+    units_removed: int = 0  # since 1.1, as the next three
+    rows_removed: int = 0  # that the units removed had
+    rows_opted_out: int = 0  # that were taken out of recorded units
+    opt_out_sha256: str = ""  # of the list that the run was given
     samples_done: int = 0
     samples_planned: int | None = None
     state: Literal["running", "done", "failed", "interrupted"] = "running"
