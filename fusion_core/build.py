@@ -34,7 +34,7 @@ from fusion_core.dedup import BadDuplicates, Duplicates
 from fusion_core.index import BadIndex
 from fusion_core.measuring import Measured, measure
 from fusion_core.merge import TRUTH_K, Source
-from fusion_core.table import Table
+from fusion_core.table import Table, unit_of_part
 from fusion_core.vectors import Kind, Shard
 from schemas import records
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, TableSpec
@@ -545,8 +545,11 @@ def _merged(job: IndexJob, planned: Plan, scratch: str) -> Iterator[IndexShard]:
             meta = merge.write_meta(job.place, replace(planned.table, records=its))
             standing[i] = Source(replace(source.shard, meta=meta), part_rows, part_rows)
     for group in merge.groups(standing, new, job.max_shard_bytes):
-        trained = _read_trained(job.place, planned.training, scratch)
-        yield merge.merge(job.place, trained, group, scratch)
+        if len(group) == 1 and group[0].is_whole:
+            yield group[0].shard
+        else:
+            trained = _read_trained(job.place, planned.training, scratch)
+            yield merge.merge(job.place, trained, group, scratch)
 
 
 def _measure(
@@ -557,7 +560,8 @@ def _measure(
     starts, before = index.part_starts(planned.table.parts), planned.before
     opened = []
     for shard in shards:
-        paths = {part.path: index.checked_file(job.place, part, False, scratch) for part in shard.files}
+        searched = [part for part in shard.files if part not in (shard.truth, shard.meta)]
+        paths = {part.path: index.checked_file(job.place, part, False, scratch) for part in searched}
         opened.append(index.read_shard(kind, dim, shard, paths, starts))
     known = None
     if before and before.recalls and before.training and before.training.trained == planned.training.trained:
@@ -568,22 +572,26 @@ def _measure(
 
 
 def _difference(job: IndexJob, planned: Plan, shards: Sequence[IndexShard], scratch: str) -> tuple[int, int]:
-    """How many vectors came, and how many left, since the index that stood."""
+    """How many vectors units have more, and how many fewer, than in the index that stood."""
     table, before, rows = planned.table, planned.before, sum(shard.vectors.rows for shard in shards)
     if before is None:
         return rows, 0
-    removed, known = before.rows_indexed, before.training
+    known = before.training
     alike = before.column == job.column and before.table_spec.decisive == table.spec.decisive
-    if known and alike and known.kept == planned.training.kept:
-        part_rows, live = {part.path: part.rows for part in before.parts}, {part.path for part in table.parts}
-        removed = sum(
-            n
-            for shard in before.shards
-            if not live.issuperset(shard.parts)
-            for part, n in merge.vectors_by_part(job.place, shard, part_rows, scratch)
-            if part not in live
-        )
-    return rows - before.rows_indexed + removed, removed
+    if not alike or not known or known.kept != planned.training.kept:
+        return rows, before.rows_indexed
+    if not all(_is_whole(job, shard.files) for shard in before.shards):
+        return rows, before.rows_indexed
+    then, now = ({part.path: part.rows for part in parts} for parts in (before.parts, table.parts))
+    more: dict[str, int] = {}
+    for sign, some, part_rows, others in ((-1, before.shards, then, now), (1, shards, now, then)):
+        for shard in some:
+            if others.keys() >= set(shard.parts):
+                continue
+            for part, n in merge.vectors_by_part(job.place, shard, part_rows, scratch):
+                if part not in others:
+                    more[unit_of_part(part)] = more.get(unit_of_part(part), 0) + sign * n
+    return sum(n for n in more.values() if n > 0), -sum(n for n in more.values() if n < 0)
 
 
 def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -> None:

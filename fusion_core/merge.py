@@ -80,8 +80,6 @@ def merge(place: str, trained: vectors.Shard, group: Sequence[Source], scratch: 
 
     `trained` is the empty index that all were made from, read anew for each merge: it does not stay empty.
     """
-    if len(group) == 1 and group[0].is_whole:
-        return group[0].shard
     held = [_numbers(place, source.shard, scratch) for source in group]
     alive = [source.rows_kept() for source in group]
     kept = [None if rows is None else rows[numbers] for rows, numbers in zip(alive, held, strict=True)]

@@ -88,8 +88,8 @@ class IndexRecord:
     row of its parts; an index written before 1.2 has them in one file with an `id`, in id order, and one written before
     1.1 has no `shards`: its one file of vectors holds the ids themselves.
 
-    `rows_added` and `rows_removed` compare it with the index that stood before: vectors of parts that are new, and of
-    parts that are not the table's any more (where another column or other rows were asked for, all of them).
+    `rows_added` and `rows_removed` compare it with the index that stood before: how many vectors units have more, and
+    how many fewer; where another column, other rows or another kind of table was asked for, all there are and were.
     """
 
     table: str  # where the table was

@@ -14,13 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_core import build, choose, files, index, merge, vectors
+from fusion_core import table as tables
 from fusion_core.build import IndexJob
 from fusion_core.index import Index
 from fusion_core.merge import Source
 from fusion_core.table import Table
+from pipelines import index as job
+from pipelines.runner import Knobs
 from schemas import records
 from schemas.feature_table import Part
 from schemas.index import META, IndexRecord, IndexShard
+from schemas.samples import DeadLetter
 from tests.fusion_core.test_build import TYPES, ask, options, subset
 from tests.fusion_core.test_index import brute_force, pairs, write_table
 
@@ -61,8 +65,8 @@ def from_scratch(table: Table, trained_at: Path, place: Path, given: dict[str, A
     for part in (training.trained, training.trained_refine, training.queries):
         if part:
             shutil.copy(trained_at / part.path, place)
-    job = IndexJob(str(place), **given)
-    files.write_bytes(str(place), build._training_name(job, table), records.to_json(training))
+    name = build._training_name(IndexJob(str(place), **given), table)
+    files.write_bytes(str(place), name, records.to_json(training))
     record = build.build(table, str(place), **given)
     assert record.training == training
     return record
@@ -204,6 +208,38 @@ def test_nothing_of_a_row_that_left_is_left(world: Any, tmp_path: Path) -> None:
     assert len(asked_for & {row.tobytes() for row in stored}) == next(
         found.n_queries for found in record.recalls if found.queries == "image"
     )
+
+
+def test_units_that_the_table_removed_or_wrote_smaller_leave_the_index(world: Any, tmp_path: Path) -> None:
+    """A real table, changed as `fusion embed` changes it; and the job as the command runs it."""
+    shutil.copytree(world[0].place, tmp_path / "table")
+    table, index_place, said = Table.open(str(tmp_path / "table")), str(tmp_path / "index"), list[str]()
+    asked_for = IndexJob(index_place, **asked("IVF1,SQ8") | {"piece_bytes": 1 << 30})
+    first = job.run(asked_for, table, Knobs(workers=1))
+    tables.remove_unit(table.place, table.records[4])
+    smaller = table.records[9]
+    assert smaller.features
+    rows = table.read_part(smaller.features).slice(2).combine_chunks()  # the first two are dead letters now
+    with tables.UnitWriter(table.place, table.spec, smaller.unit, smaller) as writer:
+        writer.write(rows.to_batches()[0])
+        writer.reject(DeadLetter(f"key-{900 + i}", i, "read", "OptedOut", "by its key") for i in (0, 1))
+        writer.commit()
+    tables.compact(table.place)
+    record = job.run(asked_for, Table.open(table.place), Knobs(workers=1), log=said.append)
+    has_image = world[3]
+    left = has_image[400:500].sum() + has_image[900:902].sum()
+    assert (record.rows_added, record.rows_removed) == (0, left)
+    assert f"index: 0 vectors are new, {left} have left with their rows" in said
+    assert record.rows_indexed == first.rows_indexed - left == has_image.sum() - left
+    opened = Index.open(index_place)
+    keys = [key for batch in opened.scan(["key"]) for key in batch["key"].to_pylist()]
+    expected = [f"key-{row}" for row in range(table.num_rows) if row // 100 != 4 and row not in (900, 901)]
+    assert keys == expected
+    kept = np.array([int(key.removeprefix("key-")) for key in keys])
+    there = np.flatnonzero(has_image[kept])
+    _, found = opened.search(world[2][:50].astype(np.float32), 5, nprobe=10**6)
+    _, best = brute_force(world[2][:50], world[1][kept][there], there, 5)
+    assert (found == best).mean() > 0.9  # SQ8
 
 
 def test_a_shard_that_lost_much_is_added_anew_and_all_of_it_leaves(world: Any, tmp_path: Path) -> None:
