@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fusion_core.table import Table
     from pipelines.embed import EmbedJob
     from pipelines.plan import Plan
+    from pipelines.runner import Knobs
     from schemas.feature_table import RunRecord, TableSpec, TowerSpec
 
 DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
@@ -126,8 +127,15 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     planned = plan.compare(args.input, output, spec, (args.shard_index, args.num_shards))
     if planned.work:
         _prepare(args, rest)
-        towers.for_spec(spec.tower, args.device, args.pretrained)
+        if not embed.runs_apart(_knobs(args, rest)):  # else it is the workers that import open_clip and load them
+            towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained)), planned)
+
+
+def _knobs(args: argparse.Namespace, rest: list[str]) -> "Knobs":
+    from pipelines import runner
+
+    return runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
 
 
 def _tower(args: argparse.Namespace, existing: "TableSpec | None", rest: list[str]) -> "TowerSpec":
@@ -170,9 +178,9 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
     from fusion_core import report, table
-    from pipelines import embed, runner, workers
+    from pipelines import embed, workers
 
-    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
+    knobs = _knobs(args, rest)
     if planned.work and embed.runs_apart(knobs):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)

@@ -208,6 +208,10 @@ def test_training_is_done_again_when_the_table_has_outgrown_it(world: Any, tmp_p
     third = build.build(world[0], str(tmp_path), **options(seed=1))
     assert second.training == first.training
     assert third.training and first.training and third.training.trained != first.training.trained
+    assert (first.training.why, third.training.why) == ("", "another index is asked for")
+    build.build(subset(world[0], 0, 1, 2), str(tmp_path / "small"), **options())
+    grown = build.build(world[0], str(tmp_path / "small"), **options()).training
+    assert grown and grown.why == "the table had 1,200 rows then and has 3,200 now"
 
 
 @given(st.data())
