@@ -1,8 +1,13 @@
 """An index of a feature table, built step by step; each step can be done again, and what is done is not done again.
 
     plan    sample the table, choose a type, train it once; deal the parts that are new to pieces      (launcher)
-    add     one piece: its vectors added to a copy of the trained index, its exact answers kept       (any worker)
-    finish  pieces merged into shards, columns written, parameters tuned, index.json written last     (launcher)
+    add     one piece: its vectors added to a copy of the trained index, columns and exact answers     (any worker)
+    finish  pieces merged into shards, rows that left taken out, measured, index.json written last     (launcher)
+
+As the table changes, a run costs what the difference costs: shards that stand are read where rows have left them or
+where they are not much larger than what is new (merge.py), and asked the measuring queries. The index is trained anew,
+and then built anew, when the table has outgrown its training, when half of the queries have left with their rows, or
+when it has come to miss a target that it reached; `Training.why` says so.
 
 A piece is recorded in the index's folder, by the name that the trained index and its parts give it. Memory is that of
 a piece, of the sample, or of the packed codes of a shard, never that of the table.
@@ -10,7 +15,6 @@ a piece, of the sample, or of the packed codes of a shard, never that of the tab
 
 import contextlib
 import hashlib
-import io
 import math
 import re
 import tempfile
@@ -22,30 +26,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from fusion_core import choose, files, fusers, index, vectors
-from fusion_core.choose import RECALL_K, Queries
+from fusion_core import choose, files, fusers, index, merge, vectors
+from fusion_core.choose import Queries
 from fusion_core.clock import Clock
 from fusion_core.dedup import BadDuplicates, Duplicates
-from fusion_core.index import BadIndex, Rows, Shards
-from fusion_core.table import Table
-from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
+from fusion_core.index import BadIndex
+from fusion_core.measuring import Measured, measure
+from fusion_core.merge import TRUTH_K, Source
+from fusion_core.table import Table, unit_of_part
+from fusion_core.vectors import Kind, Shard
 from schemas import records
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, TableSpec
-from schemas.index import META, Candidate, IndexRecord, IndexShard, Recall, Training
+from schemas.index import Candidate, IndexRecord, IndexShard, Training
 
 EXACT_ROWS = 20_000  # up to this many vectors, exact search answers in some milliseconds
 TARGET_RECALL = 0.95
 NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 
 _BLOCK_ROWS = 16_384
-_META_BATCH_ROWS = 65_536
 _TRAIN_BYTES = 4 << 30
 _STALE_SECONDS = 24 * 3600
-_JUDGED_AT_ONCE = 1024
 _LEFT = re.compile(r"(piece|training)-[0-9a-f]{16}\.json")
 _GROWTH = 2  # a table that has grown by more than this is trained on anew
+_MOST_CUT = 1 / 3  # of a shard's rows may leave; then the rest is added anew, with exact answers that are complete
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,19 @@ class Plan:
 
     table: Table
     training: Training
-    kept: tuple[IndexShard, ...]  # shards that stand as they are
-    small: tuple[IndexShard, ...]  # shards that stand, and that pieces are merged with
+    before: IndexRecord | None  # the index that stands
+    standing: tuple[Source, ...]  # its shards, as far as they are taken over
     pieces: tuple[Piece, ...]
     work: tuple[Piece, ...]  # those of them that are not done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the index that stands is of the table as it is."""
+        before = self.before
+        if before is None or self.pieces or before.parts != tuple(self.table.parts):
+            return False
+        taken = [source.shard for source in self.standing if source.is_whole]
+        return before.training == self.training and taken == [shard for shard in before.shards if shard.rows]
 
 
 def build(
@@ -124,27 +137,51 @@ def plan(job: IndexJob, table: Table, clock: Clock) -> Plan:
     before = _check_request(job, table)
     if job.keep:
         job = replace(job, kept=Duplicates.open(job.keep, table).sha256)
-    training = _standing_training(job, table, before)
+    training, why = _standing_training(job, table, before)
     if training is None:
+        if why:
+            clock.log(f"index: trained anew: {why}")
         with clock.stage("train"):
-            training = _train(job, table, clock)
+            training = replace(_train(job, table, clock), why=why)
         files.write_bytes(job.place, _training_name(job, table), records.to_json(training, indent=2))
-    live = {part.path for part in table.parts}
-    known = before.training if before else None
-    same = known is not None and (known.trained, known.kept) == (training.trained, training.kept)
-    whole = [shard for shard in before.shards if set(shard.parts) <= live] if before and same else []
-    done = {path for shard in whole for path in shard.parts}
+    standing = tuple(_standing(job, table, before, training)) if before else ()
+    done = {path for source in standing for path in source.parts}
     todo = [record for record in table.records if record.features and record.features.path not in done]
-    # What is new is merged into shards that are small still.
-    small = [shard for shard in whole if todo and 2 * shard.size_bytes < job.max_shard_bytes]
-    kept = [shard for shard in whole if shard not in small]
     pieces = tuple(_deal(job, table, training, todo))
     work = tuple(piece for piece in pieces if _finished(job, piece.name) is None)
     clock.log(
-        f"index: {training.factory}; {len(whole)} shards stand, {len(pieces) - len(work)} pieces are done, "
+        f"index: {training.factory}; {len(standing)} shards stand, {len(pieces) - len(work)} pieces are done, "
         f"{len(work)} to do"
     )
-    return Plan(table, training, tuple(kept), tuple(small), pieces, work)
+    return Plan(table, training, before, standing, pieces, work)
+
+
+def _standing(job: IndexJob, table: Table, before: IndexRecord, training: Training) -> Iterator[Source]:
+    """The shards that are taken over: with the training, and but for few rows of the table as it is."""
+    known = before.training
+    if known is None or _decided_by(known) != _decided_by(training):
+        return
+    part_rows = {part.path: part.rows for part in (*before.parts, *table.parts)}
+    live = {part.path for part in table.parts}
+    for shard in before.shards:
+        source = Source(shard, part_rows, live)
+        cut = shard.rows_cut + shard.rows - source.rows
+        few = source.is_whole or (shard.meta and cut <= _MOST_CUT * (cut + source.rows))
+        if source.rows and few and _is_whole(job, shard.files):
+            yield source
+
+
+def _decided_by(training: Training) -> tuple[Any, ...]:
+    """What shards have in common that can be one index, and be measured as one."""
+    return training.trained, training.trained_refine, training.kept, training.drawn
+
+
+def _is_whole(job: IndexJob, parts: Sequence[Part]) -> bool:
+    """Whether these files of the index are ours and lie there in their sizes."""
+    if not all(index.OWN_FILE.fullmatch(part.path) for part in parts):
+        return False
+    entries = files.stat_many([files.join(job.place, part.path) for part in parts])
+    return all(e is not None and e.size_bytes == part.size_bytes for e, part in zip(entries, parts, strict=True))
 
 
 def _check_request(job: IndexJob, table: Table) -> IndexRecord | None:
@@ -183,29 +220,62 @@ def _training_name(job: IndexJob, table: Table) -> str:
     return f"training-{job.settings(table.spec)[:16]}.json"
 
 
-def _standing_training(job: IndexJob, table: Table, before: IndexRecord | None) -> Training | None:
-    """The training of the index that stands, or of a run that was cut off, if it was for the same and not outgrown."""
-    found = [before.training] if before and before.training else []
+def _standing_training(job: IndexJob, table: Table, before: IndexRecord | None) -> tuple[Training | None, str]:
+    """The training of the index that stands, or of a run that was cut off, if it does for this table; else why not."""
+    found = [before.training] if before and before.training and not before.outworn else []
     where = files.join(job.place, _training_name(job, table))
     if files.stat(where):
         try:
             found.append(records.from_json(Training, files.read_bytes(where), where))
         except records.SchemaMismatch:
             files.remove(where)
+    why = f"it came to miss the target of {job.target_recall}" if before and before.outworn else ""
     for training in found:
-        parts = [part for part in (training.trained, training.trained_refine, training.queries) if part]
-        entries = files.stat_many([files.join(job.place, part.path) for part in parts])
-        whole = all(e and e.size_bytes == part.size_bytes for e, part in zip(entries, parts, strict=True))
-        grown = table.num_rows > _GROWTH * training.rows_table
-        exact_no_more = (
-            not Kind.parse(training.factory).lists and table.num_rows > job.exact_rows >= training.rows_table
-        )
-        fits = training.settings == job.settings(table.spec) and all(
-            map(index.OWN_FILE.fullmatch, (p.path for p in parts))
-        )
-        if whole and fits and not grown and not exact_no_more:
+        unfit = _unfit(job, table, training)
+        if not unfit:
+            return _without_gone(job, table, training), ""
+        why = why or unfit
+    return None, why or ("written by an earlier release" if before else "")
+
+
+def _unfit(job: IndexJob, table: Table, training: Training) -> str:
+    """Why a training does not do for the table; empty where it does."""
+    if training.settings != job.settings(table.spec):
+        return "another index is asked for"
+    parts = [part for part in (training.trained, training.trained_refine, training.queries) if part]
+    if not _is_whole(job, parts):
+        return "its files are not whole"
+    rows, then = table.num_rows, training.rows_table
+    if rows > _GROWTH * then:
+        return f"the table had {then:,} rows then and has {rows:,} now"
+    if not Kind.parse(training.factory).lists and rows > job.exact_rows >= then:
+        return f"the table has {rows:,} rows now, more than the {job.exact_rows:,} that are searched exactly"
+    return ""
+
+
+def _without_gone(job: IndexJob, table: Table, training: Training) -> Training:
+    """The training, its queries without those whose row is not the table's any more: nothing of these is kept.
+
+    Where more than half of them are gone, others are drawn; as their exact answers are not known, all is added anew.
+    """
+    live = {part.path for part in table.parts}
+    with _scratch(job.place) as scratch:
+        queries = _read_queries(job, table.spec, training, scratch)
+    gone = [np.array([part not in live for part in asked.parts.tolist()], bool) for asked in queries]
+    if all((~out).sum() >= len(out) / 2 for out in gone):
+        if not any((out & (asked.parts != "")).any() for out, asked in zip(gone, queries, strict=True)):
             return training
-    return None
+        left = [Queries(asked.name, np.where(out[:, None], np.float32(0), asked.vectors),
+                        np.where(out, "", asked.parts), asked.rows)
+                for asked, out in zip(queries, gone, strict=True)]  # fmt: skip
+        return replace(training, queries=_publish_queries(job.place, left))
+    drawn = _publish_queries(job.place, choose.draw_queries(table, job.column, job.seed)[0])
+    return replace(training, queries=drawn, drawn=drawn.sha256)
+
+
+def _scratch(place: str) -> Any:
+    """A folder for downloads, with a path as its value; the empty one where nothing needs to be."""
+    return nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
 
 
 def _train(job: IndexJob, table: Table, clock: Clock) -> Training:
@@ -249,20 +319,28 @@ def _n_lists(rows: int, dim: int) -> int:
 
 
 def _publish_training(job: IndexJob, table: Table, trained: Shard, queries: Sequence[Queries]) -> Training:
-    held: dict[str, npt.NDArray[Any]] = {}
-    for asked in queries:
-        held |= {f"{asked.name}_vectors": asked.vectors, f"{asked.name}_rows": asked.rows}
-        held[f"{asked.name}_parts"] = asked.parts.astype("S")
+    asked = _publish_queries(job.place, queries)
     return Training(
         factory=trained.kind.text,
         rows_table=table.num_rows,
         rows_sampled=0,
         settings=job.settings(table.spec),
-        trained=_publish_index(job.place, "trained", trained.base),
-        trained_refine=_publish_index(job.place, "trained", trained.refine) if trained.refine is not None else None,
-        queries=_publish_arrays(job.place, "queries", held, sum(len(asked.vectors) for asked in queries)),
+        trained=merge.publish_index(job.place, "trained", trained.base),
+        trained_refine=merge.publish_index(job.place, "trained", trained.refine)
+        if trained.refine is not None
+        else None,
+        queries=asked,
+        drawn=asked.sha256,
         kept=job.kept,
     )
+
+
+def _publish_queries(place: str, queries: Sequence[Queries]) -> Part:
+    held: dict[str, npt.NDArray[Any]] = {}
+    for asked in queries:
+        held |= {f"{asked.name}_vectors": asked.vectors, f"{asked.name}_rows": asked.rows}
+        held[f"{asked.name}_parts"] = asked.parts.astype("S")
+    return merge.publish_arrays(place, "queries", held, sum(len(asked.vectors) for asked in queries))
 
 
 def _deal(job: IndexJob, table: Table, training: Training, todo: Sequence[ManifestRecord]) -> Iterator[Piece]:
@@ -287,7 +365,7 @@ def _piece(training: Training, group: Sequence[ManifestRecord]) -> Piece:
     key = [
         training.trained.sha256,
         refine,
-        training.queries.sha256,
+        training.drawn or training.queries.sha256,
         *parts,
         *([training.kept] if training.kept else []),
     ]
@@ -300,12 +378,11 @@ def _piece(training: Training, group: Sequence[ManifestRecord]) -> Piece:
 def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, piece: Piece) -> None:
     """Adds one piece and records it; raises ValueError naming a row whose vector has not unit length."""
     table = Table(table_place, spec, piece.records)
-    folder: Any = nullcontext("") if files.is_local(job.place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
-    with folder as scratch:
+    with _scratch(job.place) as scratch:
         shard = _read_trained(job.place, training, scratch)
         queries = _read_queries(job, spec, training, scratch)
     kept = _kept(job, table, training)
-    k = RECALL_K + 1  # a query's own row does not count
+    k = TRUTH_K
     truths = {asked.name: (np.full((len(asked.vectors), k), -np.inf, np.float32),
                            np.full((len(asked.vectors), k), -1, np.int64)) for asked in queries}  # fmt: skip
     numbers: list[npt.NDArray[np.uint32]] = []
@@ -325,10 +402,11 @@ def add(job: IndexJob, table_place: str, spec: TableSpec, training: Training, pi
     done = IndexShard(
         tuple(record.features.path for record in piece.records if record.features),
         piece.rows,
-        _publish_index(job.place, "vectors", shard.base),
-        _publish_index(job.place, "refine", shard.refine) if shard.refine is not None else None,
-        _publish_numbers(job.place, [in_table]) if len(in_table) < piece.rows else None,
-        _publish_arrays(job.place, "truth", arrays, shard.rows),
+        merge.publish_index(job.place, "vectors", shard.base),
+        merge.publish_index(job.place, "refine", shard.refine) if shard.refine is not None else None,
+        merge.publish_numbers(job.place, [in_table]) if len(in_table) < piece.rows else None,
+        merge.publish_arrays(job.place, "truth", arrays, shard.rows),
+        merge.write_meta(job.place, table),
     )
     files.write_bytes(job.place, f"piece-{piece.name}.json", records.to_json(done))
 
@@ -352,9 +430,7 @@ def _finished(job: IndexJob, name: str) -> IndexShard | None:
         done = records.from_json(IndexShard, files.read_bytes(where), where)
     except records.SchemaMismatch:
         return None
-    entries = files.stat_many([files.join(job.place, part.path) for part in done.files])
-    whole = all(e and e.size_bytes == part.size_bytes for e, part in zip(entries, done.files, strict=True))
-    return done if whole and all(index.OWN_FILE.fullmatch(part.path) for part in done.files) else None
+    return done if done.meta and _is_whole(job, done.files) else None  # without columns it is of an earlier release
 
 
 def _check_lengths(block: npt.NDArray[Any], name: Callable[[int], str], column: str) -> None:
@@ -398,29 +474,28 @@ def _read_queries(job: IndexJob, spec: TableSpec, training: Training, scratch: s
 
 
 def finish(job: IndexJob, planned: Plan, clock: Clock) -> IndexRecord:
-    """Merges what was added, measures it, and makes it the index at the job's place.
+    """Merges what was added, takes out what has left, measures, and makes it the index at the job's place.
 
     Raises BadIndex where a piece is missing.
     """
-    table, training, place = planned.table, planned.training, job.place
-    before = index.read_record(place) if files.stat(files.join(place, index.RECORD)) else None
-    if before and not planned.pieces and planned.kept == before.shards and before.parts == table.parts:
+    table, training, place, before = planned.table, planned.training, job.place, planned.before
+    if before and planned.is_done:
         clock.log(f"index: {place} is of {table.place} as it is now: nothing to do")
         return before
-    # What was downloaded is needed until the measurement is over.
-    folder: Any = nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
-    with folder as scratch:
+    with _scratch(place) as scratch:  # what was downloaded is needed until the measurement is over
         with clock.stage("merge"):
-            merged = [_merge(job, training, group, scratch) for group in _groups(job, planned)]
-        shards = (*planned.kept, *merged)
-        with clock.stage("columns"):
-            meta = _publish_meta(job.place, table)
+            shards = tuple(_merged(job, planned, scratch))
         with clock.stage("measure"):
-            parameters, recalls, latency = _measure(job, planned, shards, scratch)
-    log_recalls = ", ".join(f"recall@{r.k} of {r.queries} queries {r.recall:.3f}" for r in recalls)
-    clock.log(f"index: {parameters or training.factory}, {log_recalls}")
-    missed = [r for r in recalls if r.recall < job.target_recall]
-    if missed:
+            found, known = _measure(job, planned, shards, scratch)
+        added, removed = _difference(job, planned, shards, scratch)
+    clock.log(f"index: {added:,} vectors are new, {removed:,} have left with their rows")
+    recalls = ", ".join(f"recall@{r.k} of {r.queries} queries {r.recall:.3f}" for r in found.recalls)
+    clock.log(f"index: {found.parameters or training.factory}, {recalls}")
+    missed = not found.reaches(job.target_recall)
+    outworn = missed and known is not None and known.reaches(job.target_recall)
+    if outworn:
+        clock.log(f"index: the target of {job.target_recall} is missed now: the next run trains anew")
+    elif missed:
         clock.log(f"index: the target of {job.target_recall} was not reached: allow more bytes, or ask for less recall")
     record = IndexRecord(
         table=table.place,
@@ -432,268 +507,91 @@ def finish(job: IndexJob, planned: Plan, clock: Clock) -> IndexRecord:
         rows_indexed=sum(shard.vectors.rows for shard in shards),
         factory=training.factory,
         metric="inner_product",
-        parameters=parameters,
+        parameters=found.parameters,
         vectors=shards[0].vectors,
-        meta=meta,
-        recalls=tuple(recalls),
-        latency_ms=latency,
+        meta=shards[0].meta,  # type: ignore[arg-type]  # each has them
+        recalls=found.recalls,
+        latency_ms=found.latency_ms,
         seconds=clock.seconds,
         seed=job.seed,
         shards=shards,
         training=training,
         target_recall=job.target_recall,
         max_bytes_per_vector=job.max_bytes_per_vector,
+        rows_added=added,
+        rows_removed=removed,
+        rows_tuned=table.num_rows if found.is_tuned or before is None else before.rows_tuned,
+        outworn=outworn,
     )
     files.write_bytes(place, index.RECORD, records.to_json(record, indent=2))
     _remove_replaced(place, before, record)
     return record
 
 
-def _groups(job: IndexJob, planned: Plan) -> list[list[IndexShard]]:
-    """What is to be merged into one shard each, of at most `max_shard_bytes`; there is at least one shard."""
-    done = list(planned.small)
+def _merged(job: IndexJob, planned: Plan, scratch: str) -> Iterator[IndexShard]:
+    """The index's shards."""
+    part_rows = {part.path: part.rows for part in planned.table.parts}
+    new = []
     for piece in planned.pieces:
         shard = _finished(job, piece.name)
         if shard is None:
             raise BadIndex(f"{job.place}: the piece {piece.name} is missing: run the same command again")
-        done.append(shard)
-    if not done and not planned.kept:
-        return [[]]
-    groups: list[list[IndexShard]] = []
-    size = 0
-    for shard in done:
-        if not groups or size + shard.size_bytes > job.max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += shard.size_bytes
-    return groups
-
-
-def _merge(job: IndexJob, training: Training, group: Sequence[IndexShard], scratch: str) -> IndexShard:
-    """One shard of all in the group, in their order, published in the index's folder."""
-    if len(group) == 1:
-        return group[0]
-    trained = _read_trained(job.place, training, scratch)
-    rows = sum(shard.rows for shard in group)
-    counts = [shard.vectors.rows for shard in group]
-
-    def merged(name: str, parts: Sequence[Part | None], empty: Any) -> Part:
-        sources = [vectors.read(_local(job, part, scratch)) for part in parts if part]
-        with files.PendingFile(job.place) as pending:
-            vectors.merge(empty, sources, pending)
-            return _publish(pending, name, "faiss", sum(counts))
-
-    numbers = None
-    if any(shard.row_numbers for shard in group):
-        firsts = np.cumsum([0, *(shard.rows for shard in group)])
-        numbers = _publish_numbers(
-            job.place,
-            [_numbers(job, shard, scratch) + np.uint32(first) for shard, first in zip(group, firsts, strict=False)],
-        )
-    return IndexShard(
-        tuple(part for shard in group for part in shard.parts),
-        rows,
-        merged("vectors", [shard.vectors for shard in group], trained.base),
-        merged("refine", [shard.refine for shard in group], trained.refine) if trained.refine is not None else None,
-        numbers,
-        _merge_truths(job, group, counts, scratch) if group else None,
-    )
-
-
-def _local(job: IndexJob, part: Part, scratch: str) -> str:
-    return index.checked_file(job.place, part, False, scratch)
-
-
-def _numbers(job: IndexJob, shard: IndexShard, scratch: str) -> npt.NDArray[np.uint32]:
-    if shard.row_numbers is None:
-        return np.arange(shard.rows, dtype=np.uint32)
-    found: npt.NDArray[np.uint32] = np.load(_local(job, shard.row_numbers, scratch), "r", allow_pickle=False)
-    return found
-
-
-def _read_truth(job: IndexJob, shard: IndexShard, scratch: str) -> dict[str, tuple[Floats, Ids]]:
-    """By kind of query: scores and numbers of the best of one shard."""
-    if shard.truth is None:
-        return {}
-    with np.load(_local(job, shard.truth, scratch), allow_pickle=False) as held:
-        names = [name.removesuffix("_ids") for name in held.files if name.endswith("_ids")]
-        return {name: (held[f"{name}_scores"], held[f"{name}_ids"]) for name in names}
-
-
-def _merge_truths(job: IndexJob, group: Sequence[IndexShard], counts: Sequence[int], scratch: str) -> Part:
-    found = [_read_truth(job, shard, scratch) for shard in group]
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    firsts = np.cumsum([0, *counts])
-    for name in found[0]:
-        scores = np.hstack([truth[name][0] for truth in found])
-        ids = [np.where(t[name][1] < 0, -1, t[name][1] + first) for t, first in zip(found, firsts, strict=False)]
-        arrays[f"{name}_scores"], arrays[f"{name}_ids"] = vectors.best(scores, np.hstack(ids), RECALL_K + 1)
-    return _publish_arrays(job.place, "truth", arrays, sum(counts))
-
-
-# --- measuring
+        new.append(Source(shard, part_rows, part_rows))
+    records_of = {record.features.path: record for record in planned.table.records if record.features}
+    standing = list(planned.standing)
+    for i, source in enumerate(standing):
+        if source.shard.meta is None:  # written before 1.2
+            its = tuple(records_of[part] for part in source.parts)
+            meta = merge.write_meta(job.place, replace(planned.table, records=its))
+            standing[i] = Source(replace(source.shard, meta=meta), part_rows, part_rows)
+    for group in merge.groups(standing, new, job.max_shard_bytes):
+        if len(group) == 1 and group[0].is_whole:
+            yield group[0].shard
+        else:
+            trained = _read_trained(job.place, planned.training, scratch)
+            yield merge.merge(job.place, trained, group, scratch)
 
 
 def _measure(
     job: IndexJob, planned: Plan, shards: Sequence[IndexShard], scratch: str
-) -> tuple[Parameters, list[Recall], dict[str, float]]:
-    """Parameters tuned to the target with all held-out queries, the recall they give, and milliseconds of a query."""
+) -> tuple[Measured, Measured | None]:
+    """How well the shards do, and how well the index did that stood, if with the same training."""
     kind, dim = Kind.parse(planned.training.factory), _dim(planned.table.spec, job.column)
-    starts = index.part_starts(planned.table.parts)
+    starts, before = index.part_starts(planned.table.parts), planned.before
     opened = []
     for shard in shards:
-        paths = {part.path: _local(job, part, scratch) for part in shard.files}
+        searched = [part for part in shard.files if part not in (shard.truth, shard.meta)]
+        paths = {part.path: index.checked_file(job.place, part, False, scratch) for part in searched}
         opened.append(index.read_shard(kind, dim, shard, paths, starts))
-    whole = Shards(dim, opened)
-    asked = [
-        (queries, *_truth(job, queries, shards, [rows for _, rows in opened], starts, scratch))
-        for queries in _read_queries(job, planned.table.spec, planned.training, scratch)
-    ]
-    asked = [item for item in asked if (item[1][1] >= 0).any()]
-    if not asked:
-        return {}, [], {}
-    k = min(RECALL_K + 1, whole.rows)
-    stored = {}
-    if not kind.exact_scores:
-        for queries, (_, ids), _ in asked:
-            stored[queries.name] = whole.reconstruct(ids.reshape(-1)).reshape(*ids.shape, dim)
-
-    def recalls(parameters: Parameters) -> list[float]:
-        found = []
-        for queries, truth, own in asked:
-            scores, ids = _without(own, *whole.search(queries.vectors, k, parameters))
-            if not kind.exact_scores:
-                scores = _judged(whole, ids, truth[1], stored[queries.name])
-            found.append(index.recall(scores, ids, *truth, RECALL_K))
-        return found
-
-    def taken(parameters: Parameters) -> npt.NDArray[np.float64]:
-        search = lambda query: whole.search(query, min(RECALL_K, whole.rows), parameters)  # noqa: E731
-        return choose.microseconds(search, asked[0][0].vectors)
-
-    parameters = choose.tune(kind, recalls, lambda p: float(np.median(taken(p))), job.target_recall)
-    measured = [
-        Recall(queries.name, RECALL_K, len(queries.vectors), round(value, 4))
-        for (queries, *_), value in zip(asked, recalls(parameters), strict=True)
-    ]
-    times = taken(parameters)
-    return parameters, measured, {f"p{q}": round(float(np.percentile(times, q)) / 1e3, 3) for q in (50, 99)}
+    known = None
+    if before and before.recalls and before.training and before.training.trained == planned.training.trained:
+        known = Measured(before.parameters, before.recalls, before.latency_ms, True)
+    truths = [merge.read_truth(job.place, shard, scratch) for shard in shards]
+    queries = _read_queries(job, planned.table.spec, planned.training, scratch)
+    return measure(kind, opened, truths, queries, starts, job.target_recall, known), known
 
 
-def _truth(
-    job: IndexJob,
-    queries: Queries,
-    shards: Sequence[IndexShard],
-    rows: Sequence[Rows],
-    starts: dict[str, tuple[int, int]],
-    scratch: str,
-) -> tuple[tuple[Floats, Ids], Ids]:
-    """The true best RECALL_K over all shards but for the query's own row; and the id of that row, or -2.
-
-    A caption's own picture is its easiest answer, and not one that a user's text has.
-    """
-    own = np.array(
-            [starts[part][0] + row if part in starts else -2
-             for part, row in zip(queries.parts.tolist(), queries.rows.tolist(), strict=True)], np.int64,
-        )  # fmt: skip
-    scores = [np.full((len(own), RECALL_K + 1), -np.inf, np.float32)]
-    ids = [np.full((len(own), RECALL_K + 1), -1, np.int64)]
-    for shard, places in zip(shards, rows, strict=True):
-        found = _read_truth(job, shard, scratch).get(queries.name)
-        if found is not None:
-            scores.append(found[0])
-            ids.append(places.ids(found[1]))
-    return _without(own, np.hstack(scores), np.hstack(ids)), own
-
-
-def _without(own: Ids, scores: Floats, ids: Ids) -> tuple[Floats, Ids]:
-    mine = ids == own[:, None]
-    return vectors.best(np.where(mine, np.float32(-np.inf), scores), np.where(mine, -1, ids), RECALL_K)
-
-
-def _judged(whole: Shards, ids: Ids, truth: Ids, stored: Floats) -> Floats:
-    """Scores that say only what is right: the true best, and what the index cannot tell from one of them.
-
-    Its own scores are of lossy codes. Of identical vectors the codes are identical, so `stored` (what the index has of
-    the true best, [q, k, D]) is found again.
-    """
-    right = (ids[:, :, None] == truth[:, None, :]).any(axis=2)
-    query, place = np.nonzero(~right & (ids >= 0))
-    for some in np.array_split(np.arange(len(query)), -(-len(query) // _JUDGED_AT_ONCE) or 1):
-        found = whole.reconstruct(ids[query[some], place[some]])
-        theirs = stored[query[some]]
-        apart = (found**2).sum(1)[:, None] + (theirs**2).sum(2) - 2 * np.einsum("nd,nkd->nk", found, theirs)
-        right[query[some], place[some]] = (apart < 1e-6).any(axis=1)
-    return np.where(right & (ids >= 0), np.float32(np.inf), np.float32(-np.inf))
-
-
-# --- files
-
-
-def _publish(pending: files.PendingFile, name: str, suffix: str, rows: int) -> Part:
-    part = Part(f"{name}-{pending.sha256[:8]}.{suffix}", rows, pending.size_bytes, pending.sha256)
-    pending.publish(part.path)
-    return part
-
-
-def _publish_index(folder: str, name: str, faiss_index: Any) -> Part:
-    with files.PendingFile(folder) as pending:
-        vectors.write(faiss_index, pending)
-        return _publish(pending, name, "faiss", faiss_index.ntotal)
-
-
-def _publish_arrays(folder: str, name: str, arrays: dict[str, npt.NDArray[Any]], rows: int) -> Part:
-    stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **arrays)
-    with files.PendingFile(folder) as pending:
-        pending.write(stream.getvalue())
-        return _publish(pending, name, "npz", rows)
-
-
-def _publish_numbers(folder: str, pieces: Sequence[npt.NDArray[np.uint32]]) -> Part:
-    rows = sum(map(len, pieces))
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"descr": "<u4", "fortran_order": False, "shape": (rows,)})
-    with files.PendingFile(folder) as pending:
-        pending.write(head.getvalue())
-        for piece in pieces:
-            pending.write(np.ascontiguousarray(piece))
-        return _publish(pending, "rows", "npy", rows)
-
-
-def _publish_meta(place: str, table: Table) -> Part:
-    with files.PendingFile(place) as pending:
-        rows = _write_meta(pending, table)
-        if rows != table.num_rows:
-            raise ValueError(f"{table.place} gave {rows} rows where its manifest counts {table.num_rows}")
-        return _publish(pending, "meta", "arrow", rows)
-
-
-def _write_meta(pending: files.PendingFile, table: Table) -> int:
-    rows = 0
-    with pa.ipc.new_file(pa.PythonFile(pending, "w"), META) as writer:
-        for batch in _of_equal_size(table.scan([name for name in META.names if name != "id"]), _META_BATCH_ROWS):
-            columns = {"id": pa.array(np.arange(rows, rows + batch.num_rows))}
-            columns |= {name: batch.column(name) for name in META.names if name != "id"}
-            writer.write_batch(pa.record_batch([columns[name] for name in META.names], schema=META))
-            rows += batch.num_rows
-    return rows
-
-
-def _of_equal_size(batches: Any, rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of `rows`, but for the last."""
-    held: list[pa.RecordBatch] = []
-    n_held = 0
-    for batch in batches:
-        held.append(batch)
-        n_held += batch.num_rows
-        while n_held >= rows:
-            whole = pa.concat_batches(held)
-            yield whole.slice(0, rows)
-            held, n_held = [whole.slice(rows)], n_held - rows
-    if n_held:
-        yield pa.concat_batches(held)
+def _difference(job: IndexJob, planned: Plan, shards: Sequence[IndexShard], scratch: str) -> tuple[int, int]:
+    """How many vectors units have more, and how many fewer, than in the index that stood."""
+    table, before, rows = planned.table, planned.before, sum(shard.vectors.rows for shard in shards)
+    if before is None:
+        return rows, 0
+    known = before.training
+    alike = before.column == job.column and before.table_spec.decisive == table.spec.decisive
+    if not alike or not known or known.kept != planned.training.kept:
+        return rows, before.rows_indexed
+    if not all(_is_whole(job, shard.files) for shard in before.shards):
+        return rows, before.rows_indexed
+    then, now = ({part.path: part.rows for part in parts} for parts in (before.parts, table.parts))
+    more: dict[str, int] = {}
+    for sign, some, part_rows, others in ((-1, before.shards, then, now), (1, shards, now, then)):
+        for shard in some:
+            if others.keys() >= set(shard.parts):
+                continue
+            for part, n in merge.vectors_by_part(job.place, shard, part_rows, scratch):
+                if part not in others:
+                    more[unit_of_part(part)] = more.get(unit_of_part(part), 0) + sign * n
+    return sum(n for n in more.values() if n > 0), -sum(n for n in more.values() if n < 0)
 
 
 def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -> None:

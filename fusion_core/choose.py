@@ -28,7 +28,7 @@ _TIMED_QUERIES = 200
 _SAMPLED_GROUPS = 256  # row groups of a large table that a sample is drawn from: some gigabytes are read, not all
 _K_FACTORS = (32, 16, 8, 4, 2, 1)
 _PROJECTED = ("SVD{0},IVF1,SQ8", "SVD{0},IVF1,PQ{0}x4fs")
-_NEARLY = 0.01  # a recall that is lower by this is as good
+NEARLY = 0.01  # a recall that is lower by this is as good
 _AS_FAST = 1.1  # within this of the fastest, the smallest wins
 
 
@@ -133,7 +133,7 @@ def tune(
 ) -> Parameters:
     """The fastest parameters found whose recall reaches the target for every kind of query.
 
-    Where none does, the target is what the most thorough parameters reach, less _NEARLY: what the codes have lost is
+    Where none does, the target is what the most thorough parameters reach, less NEARLY: what the codes have lost is
     not found by visiting every cell. The more answers are refined, the fewer cells need to be visited: the most refined
     setting says where to begin.
     """
@@ -151,10 +151,21 @@ def tune(
         return found
 
     most = _named(grid[-1], factors[0])
-    found = reaching(target) or reaching([min(target, value - _NEARLY) for value in recalls(most)])
+    found = reaching(target) or reaching([min(target, value - NEARLY) for value in recalls(most)])
     if len(found) < 2:
         return found[0] if found else most
     return min(found, key=seconds)
+
+
+def raised(
+    kind: Kind, recalls: Callable[[Parameters], Sequence[float]], parameters: Parameters, target: float
+) -> Parameters | None:
+    """The same parameters, but for as few more cells to visit as reach the target; None where no number does."""
+    grid = [nprobe for nprobe in _steps(kind.lists) if nprobe > parameters["nprobe"]] if kind.lists else []
+    if not grid:
+        return None
+    least = _least(grid, lambda nprobe: _reaches(recalls({**parameters, "nprobe": nprobe}), target))
+    return None if least is None else {**parameters, "nprobe": grid[least]}
 
 
 def _steps(lists: int) -> list[int]:

@@ -23,7 +23,7 @@ from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
 from schemas import records
 from schemas.feature_table import EMBEDDINGS, Part
-from schemas.index import META, IndexRecord, IndexShard
+from schemas.index import META, STORED_META, IndexRecord, IndexShard
 
 RECORD = "index.json"
 SCORE_TOLERANCE = 1e-5  # two float32 sums of one inner product differ by less; identical vectors are equally right
@@ -92,6 +92,15 @@ class Rows:
         """Numbers in use are below this."""
         return len(self._numbers) if self._numbers is not None else int(sum(self._part_rows))
 
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Parts that follow one another both here and in the table, as one: first id, rows, and first row here."""
+        if not len(self._starts):
+            return []
+        begins = np.flatnonzero(np.diff(self._first_ids - self._starts, prepend=-1))
+        begins = np.union1d([0], begins)
+        rows = np.add.reduceat(self._part_rows, begins)
+        return list(zip(self._first_ids[begins].tolist(), rows.tolist(), self._starts[begins].tolist(), strict=True))
+
     def ids(self, numbers: Ids) -> Ids:
         """The ids of these vectors; -1 stays -1."""
         rows = np.maximum(numbers, 0)
@@ -135,23 +144,32 @@ class Shards:
         return sum(shard.rows for shard, _ in self._shards)
 
     def search(self, queries: Floats, k: int, parameters: Parameters, allowed: Ids | None = None) -> tuple[Floats, Ids]:
-        """Scores [q, k] float32, falling, and ids [q, k] of the best (among `allowed`, sorted), padded: -inf and -1."""
-        found = [self._search(shard, rows, queries, k, parameters, allowed) for shard, rows in self._shards]
-        if len(found) == 1:
+        """Scores [q, k] float32, falling, and ids [q, k] of the best (among `allowed`, sorted), padded: -inf and -1.
+
+        All shards have the same cells, so that one visits those that it would visit were it the only one.
+        """
+        alone = len(self._shards) == 1
+        found = [self._search(shard, rows, queries, k, parameters, allowed, alone) for shard, rows in self._shards]
+        if alone:
             return found[0]
         scores = np.hstack([np.full((len(queries), k), -np.inf, np.float32), *(scores for scores, _ in found)])
         ids = np.hstack([np.full((len(queries), k), -1, np.int64), *(ids for _, ids in found)])
-        return vectors.best(scores, ids, k)
+        scores, ids = vectors.best(scores, ids, k)
+        short, nprobe = ids[:, -1] < 0, parameters.get("nprobe", 1)
+        if short.any() and nprobe < max((shard.kind.lists for shard, _ in self._shards), default=0):
+            wider = {**parameters, "nprobe": vectors.WIDER * nprobe}
+            scores[short], ids[short] = self.search(queries[short], k, wider, allowed)
+        return scores, ids
 
     @staticmethod
     def _search(
-        shard: Shard, rows: Rows, queries: Floats, k: int, parameters: Parameters, allowed: Ids | None
+        shard: Shard, rows: Rows, queries: Floats, k: int, parameters: Parameters, allowed: Ids | None, widen: bool
     ) -> tuple[Floats, Ids]:
         chosen = bitmap = None
         if allowed is not None:
             chosen, bitmap = vectors.selector(rows.numbers(allowed)[1], rows.n_numbers)
         try:
-            scores, numbers = shard.search(queries, k, parameters, chosen)
+            scores, numbers = shard.search(queries, k, parameters, chosen, widen)
         except RuntimeError as error:  # FAISS looks at what it was given
             raise BadIndex(f"the index's vectors are damaged ({error}): copy or build it anew") from error
         if numbers.max(initial=-1) >= rows.n_numbers:
@@ -176,16 +194,59 @@ class Shards:
         return found
 
 
+class Meta:
+    """Columns of the table's rows by id, from files that hold the rows of some parts each."""
+
+    def __init__(self, stored: Sequence[tuple[Rows, list[pa.RecordBatch]]]):
+        """Each file's place in the table (without row numbers), and its rows (STORED_META), memory-mapped."""
+        self._stored = stored
+        self._ends = [np.cumsum([batch.num_rows for batch in batches]) for _, batches in stored]
+
+    def take(self, ids: Ids) -> pa.Table:
+        """The rows (META) of these ids, each known, in their order."""
+        pieces, places = [pa.RecordBatch.from_pylist([], META)], [np.empty(0, np.int64)]
+        for (rows, batches), ends in zip(self._stored, self._ends, strict=True):
+            here, numbers = rows.numbers(ids)
+            batch_of = np.searchsorted(ends, numbers, "right")
+            for number in np.unique(batch_of):
+                mine = np.flatnonzero(batch_of == number)
+                batch = batches[number]
+                chosen = batch.take(pa.array(numbers[mine] - (ends[number] - batch.num_rows)))
+                pieces.append(_with_ids(chosen, ids[here[mine]]))
+                places.append(here[mine])
+        return pa.Table.from_batches(pieces, META).take(pa.array(np.argsort(np.concatenate(places))))
+
+    def scan(self) -> Iterator[pa.RecordBatch]:
+        """All rows (META) in id order, as they lie."""
+        runs = [
+            (first, rows, start, i)
+            for i, (places, _) in enumerate(self._stored)
+            for first, rows, start in places.runs()
+        ]
+        for first, rows, start, i in sorted(runs):
+            batches, ends = self._stored[i][1], self._ends[i]
+            at, stop = start, start + rows
+            while at < stop:
+                number = int(np.searchsorted(ends, at, "right"))
+                begin = int(ends[number]) - batches[number].num_rows
+                piece = batches[number].slice(at - begin, stop - at)
+                yield _with_ids(piece, np.arange(first + at - start, first + at - start + piece.num_rows))
+                at += piece.num_rows
+
+
+def _with_ids(batch: pa.RecordBatch, ids: Ids) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array(ids, pa.int64()), *batch.columns], schema=META)
+
+
 class Index:
     """An index whose files were found to be whole: memory-mapped where local, and safe to ask from many threads."""
 
-    def __init__(self, place: str, record: IndexRecord, shards: Shards, batches: list[pa.RecordBatch]):
+    def __init__(self, place: str, record: IndexRecord, shards: Shards, columns: Meta):
         """Takes over what `open` has checked."""
         self.place = place
         self.record = record
         self._shards = shards
-        self._batches = batches
-        self._batch_rows = batches[0].num_rows if batches else 1
+        self._columns = columns
         self._mapping = threading.Lock()
 
     @classmethod
@@ -210,17 +271,19 @@ class Index:
         # What was downloaded stays mapped, and on disk, after its name is gone.
         folder: Any = nullcontext("") if files.is_local(place) else tempfile.TemporaryDirectory(prefix="fusion-index-")
         with folder as scratch:
-            wanted = (part for shard in _shards_of(record) for part in shard.files if part != shard.truth)
-            paths = {part.path: checked_file(place, part, verify, scratch) for part in (*wanted, record.meta)}
+            shards = shards_of(record)
+            wanted = {part.path: part for shard in shards for part in shard.files if part != shard.truth}
+            wanted[record.meta.path] = record.meta
+            paths = {path: checked_file(place, part, verify, scratch) for path, part in wanted.items()}
             kind, first_ids = Kind.parse(record.factory), part_starts(record.parts)
-            for shard in _shards_of(record):  # all are checked before the first is read
+            for shard in shards:  # all are checked before the first is read
                 refine = paths[shard.refine.path] if shard.refine else ""
                 wrong = vectors.check_shard(kind, record.dim, shard.vectors.rows, paths[shard.vectors.path], refine)
                 if wrong:
                     raise BadIndex(f"{wrong}: build the index anew")
-            batches = _read_meta(paths[record.meta.path], record)
-            opened = [read_shard(kind, record.dim, shard, paths, first_ids) for shard in _shards_of(record)]
-            return cls(place, record, Shards(record.dim, opened), batches)
+            columns = _read_columns(record, paths, first_ids)
+            opened = [read_shard(kind, record.dim, shard, paths, first_ids) for shard in shards]
+            return cls(place, record, Shards(record.dim, opened), columns)
 
     def search(
         self, vectors: Floats, k: int, nprobe: int | None = None, allowed: Ids | None = None
@@ -250,7 +313,7 @@ class Index:
     def retuned(self, **parameters: int) -> "Index":
         """The same index, searched with these parameters instead of its own."""
         record = replace(self.record, parameters={**self.record.parameters, **parameters})
-        return Index(self.place, record, self._shards, self._batches)
+        return Index(self.place, record, self._shards, self._columns)
 
     def _search_among(self, queries: Floats, k: int, parameters: Parameters, among: Ids) -> tuple[Floats, Ids]:
         """The best `k` of the ids `among` (ascending, at least `k`, all indexed).
@@ -292,24 +355,14 @@ class Index:
 
     def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of META of every row of the table, indexed or not, in id order."""
-        return (batch.select(list(columns)) for batch in self._batches)
+        return (batch.select(list(columns)) for batch in self._columns.scan())
 
     def meta(self, ids: Ids | Sequence[int]) -> pa.Table:
         """The rows (META) of these ids, in their order."""
         wanted = np.asarray(ids, np.int64).reshape(-1)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.record.rows_table):
             raise ValueError(f"ids must lie in 0..{self.record.rows_table - 1}, got {wanted.min()}..{wanted.max()}")
-        batch_of = wanted // self._batch_rows
-        pieces, positions = [], []
-        for number in np.unique(batch_of):
-            where = np.flatnonzero(batch_of == number)
-            pieces.append(self._batches[number].take(pa.array(wanted[where] - number * self._batch_rows)))
-            positions.append(where)
-        rows = pa.Table.from_batches(pieces, META)
-        rows = rows.take(pa.array(np.argsort(np.concatenate(positions)))) if positions else rows
-        if not np.array_equal(rows["id"].to_numpy(), wanted):
-            raise BadIndex(f"{files.join(self.place, self.record.meta.path)} is not in id order: build the index anew")
-        return rows
+        return self._columns.take(wanted)
 
     def check_table(self, table: Table) -> None:
         """Raises BadIndex naming the difference when the index was not built from this table as it is now."""
@@ -377,6 +430,8 @@ def _wrong_in_shards(record: IndexRecord, kind: Kind) -> str:
     for shard in record.shards:
         known = sum(rows[part] for part in shard.parts)
         counts = [part.rows for part in (shard.refine, shard.row_numbers) if part]
+        if bool(shard.meta) != bool(record.shards[0].meta) or (shard.meta and shard.meta.rows != known):
+            return f"has no columns of the rows of the shard {shard.vectors.path}"
         if shard.rows != known or shard.vectors.rows > known or set(counts) - {shard.vectors.rows}:
             return f"counts wrongly in the shard {shard.vectors.path}"
         if bool(shard.refine) != bool(kind.refine) or (not shard.row_numbers and shard.vectors.rows != known):
@@ -384,8 +439,8 @@ def _wrong_in_shards(record: IndexRecord, kind: Kind) -> str:
     return ""
 
 
-def _shards_of(record: IndexRecord) -> tuple[IndexShard, ...]:
-    """The shards; of an index written before there were any, one of all parts."""
+def shards_of(record: IndexRecord) -> tuple[IndexShard, ...]:
+    """The shards of an index; of an index written before there were any, one of all parts."""
     parts = tuple(part.path for part in record.parts)
     return record.shards or (IndexShard(parts, record.rows_table, record.vectors),)
 
@@ -411,9 +466,13 @@ def read_shard(
             raise BadIndex(f"{shard.vectors.path} holds {index.ntotal} vectors of {index.d} dimensions: build it anew")
     if numbers is not None and (numbers.shape, numbers.dtype) != ((shard.vectors.rows,), np.uint32):
         raise BadIndex(f"{shard.row_numbers} holds no row numbers of its shard: build the index anew")
-    places = [starts[part] for part in shard.parts]
+    return Shard(kind, base, refine), _rows_of(shard.parts, starts, numbers)
+
+
+def _rows_of(parts: Sequence[str], starts: dict[str, tuple[int, int]], numbers: Any = None) -> Rows:
+    places = [starts[part] for part in parts]
     firsts, rows = (np.array([place[i] for place in places], np.int64) for i in (0, 1))
-    return Shard(kind, base, refine), Rows(firsts, rows, numbers)
+    return Rows(firsts, rows, numbers)
 
 
 def checked_file(place: str, part: Part, verify: bool, scratch: str) -> str:
@@ -447,7 +506,21 @@ def checked_queries(vectors: Floats, dim: int, k: int) -> Floats:
     return vectors
 
 
-def _read_meta(path: str, record: IndexRecord) -> list[pa.RecordBatch]:
+def _read_columns(record: IndexRecord, paths: dict[str, str], starts: dict[str, tuple[int, int]]) -> Meta:
+    if not all(shard.meta for shard in shards_of(record)):  # written before 1.2: all rows in one file, in id order
+        everything = Rows(np.zeros(1, np.int64), np.array([record.rows_table], np.int64))
+        return Meta([(everything, read_meta(paths[record.meta.path], record.rows_table, META))])
+    return Meta(
+        [
+            (_rows_of(shard.parts, starts), read_meta(paths[shard.meta.path], shard.rows))
+            for shard in record.shards
+            if shard.meta
+        ]
+    )
+
+
+def read_meta(path: str, rows: int, schema: pa.Schema = STORED_META) -> list[pa.RecordBatch]:
+    """The rows (STORED_META) of a local file that was checked, memory-mapped; raises BadIndex where it has others."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(path))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -455,8 +528,6 @@ def _read_meta(path: str, record: IndexRecord) -> list[pa.RecordBatch]:
             batch.validate()
     except (pa.ArrowInvalid, OSError) as error:
         raise BadIndex(f"{path} is not an Arrow file: build the index anew") from error
-    sizes = [batch.num_rows for batch in batches]
-    equal = not sizes or (set(sizes[:-1]) <= {sizes[0]} and sizes[-1] <= sizes[0])
-    if reader.schema != META or sum(sizes) != record.rows_table or not equal:
-        raise BadIndex(f"{path} does not hold the {record.rows_table} rows of the table: build the index anew")
-    return batches
+    if reader.schema != schema or sum(batch.num_rows for batch in batches) != rows:
+        raise BadIndex(f"{path} does not hold the columns of {rows} rows: build the index anew")
+    return [batch.select(STORED_META.names) for batch in batches if batch.num_rows]

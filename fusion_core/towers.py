@@ -301,11 +301,13 @@ def are_unchanged(spec: TowerSpec, model: str, pretrained: str = "") -> bool:
 
 def pick_device(device: str) -> str:
     """cpu, cuda or cuda:N for what was asked for; raises TowerError."""
+    if device == "cpu":
+        return device
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not device.startswith("cuda"):
+    if not device.startswith("cuda"):
         raise TowerError(f"device {device!r} is not auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TowerError(f"device {device!r}: torch sees no GPU here; use --device cpu or auto")

@@ -29,12 +29,14 @@ faiss: Any = _faiss  # its own stubs know only a part of it
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+Kept = npt.NDArray[np.bool_] | None  # which vectors are taken; None: all
 Parameters = dict[str, int]  # nprobe: cells visited; k_factor: answers refined for each that is asked for
 
 FAISS_VERSION: str = faiss.__version__
 
 GRAPH_LISTS = 4096  # below this a flat search among the cells' centres is faster than a graph
 TRAIN_PER_LIST = 39  # below this FAISS itself warns that cells are guesses
+WIDER = 4  # times as many cells are visited where those visited hold too few vectors
 LEGACY_FLAT = "IDMap2,Flat"  # written before 1.1, as was IVF…,SQfp16 with ids of its own
 
 _METRIC = faiss.METRIC_INNER_PRODUCT
@@ -149,10 +151,12 @@ class Shard:
         """An index trained like this one (which must be empty itself)."""
         return Shard(self.kind, faiss.clone_index(self.base), self.refine and faiss.clone_index(self.refine))
 
-    def search(self, vectors: Floats, k: int, parameters: Parameters, selector: Any = None) -> tuple[Floats, Ids]:
+    def search(
+        self, vectors: Floats, k: int, parameters: Parameters, selector: Any = None, widen: bool = True
+    ) -> tuple[Floats, Ids]:
         """Scores and numbers [q, k] of the best, padded with -inf and -1; of those in `selector` where one is given.
 
-        Where the visited cells hold fewer than `k`, more are visited.
+        Where the visited cells hold fewer than `k`, more are visited, unless they are not to be (`widen`).
         """
         if not len(vectors) or not self.rows:
             return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
@@ -162,8 +166,8 @@ class Shard:
             vectors, asked, params=self._parameters(nprobe, parameters.get("k_factor", 1), selector)
         )
         short = ids[:, -1] < 0
-        if nprobe < self.kind.lists and short.any():
-            more = {**parameters, "nprobe": 4 * nprobe}
+        if widen and nprobe < self.kind.lists and short.any():
+            more = {**parameters, "nprobe": WIDER * nprobe}
             scores[short], ids[short] = self.search(vectors[short], asked, more, selector)
         scores[ids < 0] = -np.inf
         padding = ((0, 0), (0, k - asked))
@@ -349,64 +353,110 @@ def write(index: Any, pending: files.PendingFile) -> None:
     del writer  # hands over what it has buffered
 
 
-def merge(empty: Any, pieces: Sequence[Any], pending: files.PendingFile) -> None:
+def merge(empty: Any, pieces: Sequence[Any], kept: Sequence[Kept], pending: files.PendingFile) -> None:
     """Writes one index of the vectors of all pieces, in their order, as adding them to `empty` one by one would give.
 
-    `empty` is the trained index that all pieces were made from. Only packed codes (PQ…fs) are put together in memory.
+    `empty` is the trained index that all pieces were made from. `kept` says which vectors of each piece are taken
+    (None: all). Only packed codes (PQ…fs) are put together in memory.
     """
     inner = faiss.downcast_index(empty.index) if isinstance(empty, faiss.IndexPreTransform) else empty
     if isinstance(inner, faiss.IndexIVFPQFastScan):
-        for piece in pieces:
+        for piece, chosen in zip(pieces, kept, strict=True):
             # Copied one at a time: merging empties what it takes from, and a mapped file cannot be emptied.
-            empty.merge_from(faiss.deserialize_index(faiss.serialize_index(piece)), empty.ntotal)
+            copy = faiss.deserialize_index(faiss.serialize_index(piece))
+            if chosen is not None:
+                _cut_packed(copy, chosen)
+            empty.merge_from(copy, empty.ntotal)
         write(empty, pending)
         return
     sources = [faiss.downcast_index(piece.index) if inner is not empty else piece for piece in pieces]
-    empty.ntotal = inner.ntotal = sum(piece.ntotal for piece in pieces)
+    empty.ntotal = inner.ntotal = sum(map(_n_kept, sources, kept))
     head = faiss.serialize_index(empty).tobytes()
     if hasattr(inner, "nlist"):
         pending.write(head[: -_EMPTY_LISTS.size])
-        _write_lists(inner, sources, pending)
+        _write_lists(inner, sources, kept, pending)
     else:
         code_bytes = inner.code_size
         unit = 4 if isinstance(inner, faiss.IndexFlat) else 1  # its length counts floats
         pending.write(head[:-8] + struct.pack("<q", inner.ntotal * code_bytes // unit))
-        for source in sources:
-            for codes in _codes(source):
+        for source, chosen in zip(sources, kept, strict=True):
+            for codes in _codes(source, chosen):
                 pending.write(codes)
 
 
-def _codes(index: Any, block_bytes: int = 8 << 20) -> Iterator[memoryview]:
-    size, where = index.ntotal * index.code_size, index.codes.data()
-    for start in range(0, size, block_bytes):
-        stop = min(start + block_bytes, size)
-        yield memoryview(faiss.rev_swig_ptr(where, size)[start:stop]).cast("B")
+def _n_kept(piece: Any, chosen: Kept) -> int:
+    return int(piece.ntotal if chosen is None else chosen.sum())
 
 
-def _write_lists(empty: Any, sources: Sequence[Any], pending: files.PendingFile) -> None:
+def _cut_packed(index: Any, chosen: npt.NDArray[np.bool_]) -> None:
+    """Takes what is not chosen out of an index of packed codes; those that stay are numbered anew."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    leaving, bitmap = selector(np.flatnonzero(~chosen), len(chosen))
+    inner.remove_ids(leaving)
+    del bitmap
+    index.ntotal = inner.ntotal
+    numbers = np.cumsum(chosen) - 1
+    for cell in range(inner.nlist):
+        if size := inner.invlists.list_size(cell):
+            ids = faiss.rev_swig_ptr(inner.invlists.get_ids(cell), size)
+            ids[:] = numbers[ids]
+
+
+def _codes(index: Any, chosen: Kept, block_rows: int = 1 << 14) -> Iterator[Any]:
+    if not index.ntotal:
+        return
+    size = index.code_size  # in bytes; of a flat index the pointer counts bytes, too
+    codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * size).view(np.uint8).reshape(-1, size)
+    for start in range(0, len(codes), block_rows):
+        block = codes[start : start + block_rows]
+        yield np.ascontiguousarray(block if chosen is None else block[chosen[start : start + block_rows]])
+
+
+def _write_lists(empty: Any, sources: Sequence[Any], kept: Sequence[Kept], pending: files.PendingFile) -> None:
     n_lists, code_bytes = empty.nlist, empty.invlists.code_size
-    sizes = np.array([[piece.invlists.list_size(i) for i in range(n_lists)] for piece in sources], np.int64)
-    sizes = sizes.reshape(len(sources), n_lists)
+    sizes = np.zeros((len(sources), n_lists), np.int64)
+    for i, (piece, chosen) in enumerate(zip(sources, kept, strict=True)):
+        sizes[i] = _list_sizes(piece, chosen, n_lists)
     total, filled = sizes.sum(axis=0), np.flatnonzero(sizes.sum(axis=0))
     pending.write(struct.pack("<4sqq", b"ilar", n_lists, code_bytes))
     if len(filled) > n_lists // 2:
         pending.write(struct.pack("<4sq", b"full", n_lists) + total.tobytes())
     else:
         pending.write(struct.pack("<4sq", b"sprs", 2 * len(filled)) + np.stack([filled, total[filled]], 1).tobytes())
-    firsts = np.cumsum([0, *(piece.ntotal for piece in sources)])
-    for number in filled:
-        here = [
-            (piece.invlists, first) for piece, first, n in zip(sources, firsts, sizes[:, number], strict=False) if n
-        ]
-        for lists, _ in here:
-            size = lists.list_size(int(number)) * code_bytes
-            codes = lists.get_codes(int(number))
-            pending.write(faiss.rev_swig_ptr(codes, size))
-            lists.release_codes(int(number), codes)
-        for lists, first in here:
-            ids = lists.get_ids(int(number))
-            pending.write(faiss.rev_swig_ptr(ids, lists.list_size(int(number))) + first)
-            lists.release_ids(int(number), ids)
+    firsts = np.cumsum([0, *map(_n_kept, sources, kept)])
+    numbers = [None if chosen is None else np.cumsum(chosen) - 1 for chosen in kept]
+    for cell in map(int, filled):
+        here = [(i, piece.invlists) for i, piece in enumerate(sources) if sizes[i, cell]]
+        for i, lists in here:
+            size = lists.list_size(cell)
+            codes = lists.get_codes(cell)
+            found = faiss.rev_swig_ptr(codes, size * code_bytes)
+            if (chosen := kept[i]) is not None:
+                found = found.reshape(size, code_bytes)[chosen[_list_ids(lists, cell)]]
+            pending.write(found)
+            lists.release_codes(cell, codes)
+        for i, lists in here:
+            ids, chosen, mine = _list_ids(lists, cell), kept[i], numbers[i]
+            if chosen is not None and mine is not None:
+                ids = mine[ids[chosen[ids]]]
+            pending.write(ids + firsts[i])
+
+
+def _list_sizes(index: Any, chosen: Kept, n_lists: int) -> Ids:
+    lists = index.invlists
+    if chosen is None:
+        return np.array([lists.list_size(cell) for cell in range(n_lists)], np.int64)
+    return np.array([int(chosen[_list_ids(lists, cell)].sum()) for cell in range(n_lists)], np.int64)
+
+
+def _list_ids(lists: Any, cell: int) -> Ids:
+    size = lists.list_size(cell)
+    if not size:
+        return np.empty(0, np.int64)
+    ids = lists.get_ids(cell)
+    found: Ids = faiss.rev_swig_ptr(ids, size).copy()
+    lists.release_ids(cell, ids)
+    return found
 
 
 def check_file(path: str, fourcc: bytes, dim: int, rows: int, least_bytes: float, lists: int = 0) -> str:

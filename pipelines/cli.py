@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fusion_core.table import Table
     from pipelines.embed import EmbedJob
     from pipelines.plan import Plan
+    from pipelines.runner import Knobs
     from schemas.feature_table import RunRecord, TableSpec, TowerSpec
 
 DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
@@ -133,8 +134,15 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     planned = plan.compare(args.input, output, spec, share, keys=keys, remove_missing=args.remove_missing)
     if planned.work:
         _prepare(args, rest)
-        towers.for_spec(spec.tower, args.device, args.pretrained)
+        if not embed.runs_apart(_knobs(args, rest)):  # else it is the workers that import open_clip and load them
+            towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained), _named(keys)), planned)
+
+
+def _knobs(args: argparse.Namespace, rest: list[str]) -> "Knobs":
+    from pipelines import runner
+
+    return runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
 
 
 def _tower(
@@ -213,9 +221,9 @@ def _check_of_shards(spec: "TableSpec", place: str) -> None:
 
 def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
     from fusion_core import report, table
-    from pipelines import embed, runner, workers
+    from pipelines import embed, workers
 
-    knobs = runner.Knobs(args.device, args.batch, args.workers or 0, args.quiet, runner.is_local(rest))
+    knobs = _knobs(args, rest)
     if planned.work and embed.runs_apart(knobs):
         workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)

@@ -5,12 +5,13 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-
-import apache_beam as beam
-import grpc
-from apache_beam.options.pipeline_options import PipelineOptions
+from typing import TYPE_CHECKING
 
 from fusion_core import shards
+
+if TYPE_CHECKING:  # a run that finds little to do is over before they would be imported
+    import apache_beam as beam
+    import grpc
 
 
 class RunnerError(RuntimeError):
@@ -54,7 +55,7 @@ def is_local(beam_options: Sequence[str]) -> bool:
     return not any(option.startswith("--runner") for option in beam_options)
 
 
-def run(pipeline: beam.Pipeline, beam_options: Sequence[str]) -> None:
+def run(pipeline: "beam.Pipeline", beam_options: Sequence[str]) -> None:
     """Runs a pipeline to its end; the cluster is asked to cancel an interrupted one.
 
     Raises RunnerError where a cluster gave the job up or was not reached: of its many lines, the last cause.
@@ -62,6 +63,8 @@ def run(pipeline: beam.Pipeline, beam_options: Sequence[str]) -> None:
     if is_local(beam_options):
         pipeline.run().wait_until_finish()
         return
+    import grpc
+
     result = None
     try:
         result = pipeline.run()
@@ -82,7 +85,9 @@ def run(pipeline: beam.Pipeline, beam_options: Sequence[str]) -> None:
 _AGAIN = "what is recorded stays: when the cluster is back, run the same command again to go on"
 
 
-def _said(error: grpc.RpcError) -> str:
+def _said(error: "grpc.RpcError") -> str:
+    import grpc
+
     return str(error.details() if isinstance(error, grpc.Call) else error)
 
 
@@ -94,8 +99,10 @@ def _last_cause(text: str) -> str:
 
 def check_beam_options(beam_options: Sequence[str], ours: Iterable[str]) -> None:
     """Raises InputError for an option that neither we nor Beam know; other runners than the local one may know more."""
-    if not is_local(beam_options):
+    if not is_local(beam_options) or not beam_options:
         return
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     known = PipelineOptions([]).get_all_options()
     for option in beam_options:
         name = option.lstrip("-").partition("=")[0]

@@ -43,6 +43,10 @@ class Training:
     queries: Part  # held out from training, by kind (npz)
     candidates: tuple[Candidate, ...] = ()
     kept: str = ""  # SHA-256 of the duplicates that said which rows to keep; empty where all are
+    why: str = ""  # since 1.2: why the index was trained anew; empty for its first training
+    drawn: str = (
+        ""  # since 1.2: SHA-256 of the queries as they were drawn; those whose row left are no more in `queries`
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class IndexShard:
     """The vectors of some parts of the table, numbered 0, 1, ... in the order of `parts` (their paths) and rows.
 
     `row_numbers` (uint32, npy) has the row within the concatenated parts for each vector, where rows are left out.
-    `truth` (npz) has the exact best of this shard for the training's queries.
+    `truth` (npz) has the exact best of this shard for the training's queries, -1 from where they are not known on.
+    `meta` (Arrow, STORED_META) has all rows of the parts.
     """
 
     parts: tuple[str, ...]
@@ -59,11 +64,13 @@ class IndexShard:
     refine: Part | None = None
     row_numbers: Part | None = None
     truth: Part | None = None
+    meta: Part | None = None  # since 1.2; before, one file had the rows of all shards
+    rows_cut: int = 0  # since 1.2: rows that were in it and have left the table
 
     @property
     def files(self) -> tuple[Part, ...]:
         """All there are."""
-        return tuple(part for part in (self.vectors, self.refine, self.row_numbers, self.truth) if part)
+        return tuple(part for part in (self.vectors, self.refine, self.row_numbers, self.truth, self.meta) if part)
 
     @property
     def size_bytes(self) -> int:
@@ -77,9 +84,12 @@ class IndexRecord:
 
     An id is the row's position in the table's manifest order; rows without the modality are not in the index. All files
     carry their hash in their name (`vectors-<hash>.faiss`, `meta-<hash>.arrow`), so that a rebuild never touches
-    a file that the standing index.json names. The meta part has one row for every row of the table, in equal record
-    batches but for the last, so that row `id` is found by division. An index written before 1.1 has no `shards`: its
-    one file of vectors holds the ids themselves.
+    a file that the standing index.json names. Columns that results show lie beside the vectors of each shard, for every
+    row of its parts; an index written before 1.2 has them in one file with an `id`, in id order, and one written before
+    1.1 has no `shards`: its one file of vectors holds the ids themselves.
+
+    `rows_added` and `rows_removed` compare it with the index that stood before: how many vectors units have more, and
+    how many fewer; where another column, other rows or another kind of table was asked for, all there are and were.
     """
 
     table: str  # where the table was
@@ -93,7 +103,7 @@ class IndexRecord:
     metric: str  # "inner_product": vectors are unit length, so scores are cosines
     parameters: dict[str, int]  # search-time, such as nprobe
     vectors: Part  # of the first shard
-    meta: Part
+    meta: Part  # of the first shard; before 1.2, of all
     recalls: tuple[Recall, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)  # "p50", "p99": one query, one thread
     seconds: dict[str, float] = field(default_factory=dict)  # by stage of the build
@@ -102,7 +112,11 @@ class IndexRecord:
     training: Training | None = None
     target_recall: float = 0.95
     max_bytes_per_vector: float = 0  # 0: no limit
-    schema_version: str = "1.1"
+    rows_added: int = 0  # since 1.2, as are those below
+    rows_removed: int = 0
+    rows_tuned: int = 0  # of the table when `parameters` were tuned; kept while they reach what was asked for
+    outworn: bool = False  # its training reached the target once and does not now: the next build trains anew
+    schema_version: str = "1.2"
 
     @property
     def files(self) -> tuple[Part, ...]:
@@ -136,6 +150,8 @@ META = pa.schema(
         pa.field("similarity", pa.float32()),
     ]
 )
+
+STORED_META = META.remove(0)  # an id changes when parts come in between: it follows from where a row's part stands
 
 # What a query answers: rows of META in the order of `rank`, which counts from 1: in falling score, but for a query that
 # asks for diversity. `score` is the cosine or, where two searches were joined, the sum of their reciprocal ranks

@@ -48,16 +48,16 @@ class World:
         return found[0], found[1]
 
 
-def write_table(place: Path, rows: int, dim: int = 512) -> table.Table:
-    """A table of so many pairs at `place`; one that stands there is taken as it is."""
-    if (place / "table.json").is_file():
-        return table.Table.open(str(place))
+def write_table(place: Path, rows: int, dim: int = 512, unit_rows: int = UNIT_ROWS) -> table.Table:
+    """A table of so many pairs at `place`; the units that stand there, of as many rows, are taken as they are."""
     tower = TowerSpec("synthetic", "", "c", "w", dim, "fp32", Preprocess(32, 32, (0.5,) * 3, (0.5,) * 3))
     spec, world = table.claim(str(place), TableSpec(tower)), World(dim)
-    schema = features_schema(spec)
-    for number, start in enumerate(range(0, rows, UNIT_ROWS)):
-        n = min(UNIT_ROWS, rows - start)
+    schema, standing = features_schema(spec), table.read_manifest(str(place)).by_unit
+    for number, start in enumerate(range(0, rows, unit_rows)):
+        n = min(unit_rows, rows - start)
         unit = Unit(f"unit-{number:06d}", "tar", f"/data/{number:06d}.tar", InputIdentity(1, 1))
+        if unit.id in standing:
+            continue
         columns = {field.name: pa.nulls(n, field.type) for field in schema}
         columns |= {
             "key": pa.array([f"{start + row}" for row in range(n)]),

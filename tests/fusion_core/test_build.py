@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_core import build, choose, dedup, files, index, report, vectors
+from fusion_core import build, choose, dedup, files, index, measuring, report, vectors
 from fusion_core import table as tables
 from fusion_core.clock import Clock
 from fusion_core.dedup import BadDuplicates, Duplicates
@@ -180,10 +180,12 @@ def test_a_grown_table_adds_what_is_new_and_drops_what_is_gone(
     adds = Adds(monkeypatch)
     now = (0, 1, 3, 4, 5, 7)  # 0, 4 and 7 are new, 2 is gone
     record = build.build(subset(table, *now), str(tmp_path), **asked)
-    assert record.training == first.training
-    if max_shard_bytes == 1000:  # 1 and 2 made a shard, 3 and 5 another, which stands
-        assert sum(adds.rows) == 4 * PART_ROWS
-        assert set(first.shards) & set(record.shards)
+    assert record.training and first.training and record.training.trained == first.training.trained
+    # 1 and 2 made a shard of 1000 bytes, 3 and 5 another, which stands; of a large shard a quarter is taken out.
+    assert sum(adds.rows) == (4 if max_shard_bytes == 1000 else 3) * PART_ROWS
+    assert bool(set(first.shards) & set(record.shards)) == (max_shard_bytes == 1000)
+    vectors_of = [int(has_image[n * PART_ROWS : (n + 1) * PART_ROWS].sum()) for n in range(8)]
+    assert (record.rows_added, record.rows_removed) == (sum(vectors_of[n] for n in (0, 4, 7)), vectors_of[2])
     rows = np.concatenate([np.arange(n * PART_ROWS, (n + 1) * PART_ROWS) for n in now])
     ids = np.flatnonzero(has_image[rows])
     expected_scores, expected = brute_force(text[:100], image[rows][ids], ids, 10)
@@ -206,6 +208,10 @@ def test_training_is_done_again_when_the_table_has_outgrown_it(world: Any, tmp_p
     third = build.build(world[0], str(tmp_path), **options(seed=1))
     assert second.training == first.training
     assert third.training and first.training and third.training.trained != first.training.trained
+    assert (first.training.why, third.training.why) == ("", "another index is asked for")
+    build.build(subset(world[0], 0, 1, 2), str(tmp_path / "small"), **options())
+    grown = build.build(world[0], str(tmp_path / "small"), **options()).training
+    assert grown and grown.why == "the table had 1,200 rows then and has 3,200 now"
 
 
 @given(st.data())
@@ -323,8 +329,8 @@ def test_said_recall_of_lossy_types_is_that_of_ids(world: Any, built: Callable[[
     opened = Index.open(str(built("SVD16,IVF1,SQ8")))
     ids, matrix = choose.draw(table, "text_embedding", choose.QUERIES, np.random.default_rng(0))
     queries = matrix.astype(np.float32)
-    _, truth = build._without(ids, *index.exact_search(table, "image_embedding", queries, 11))
-    _, found = build._without(ids, *opened.search(queries, 11))
+    _, truth = measuring.without(ids, *index.exact_search(table, "image_embedding", queries, 11))
+    _, found = measuring.without(ids, *opened.search(queries, 11))
     counted = float((found[:, :, None] == truth[:, None, :]).any(axis=2).mean())
     said = next(item.recall for item in opened.record.recalls if item.queries == "text")
     assert 0.1 < counted < 0.9 and said == pytest.approx(counted, abs=1e-3)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from fusion_core import build, files, fusers, index, vectors
+from fusion_core import build, files, fusers, index, merge, vectors
 from fusion_core import table as tables
 from fusion_core.index import RECORD, BadIndex, Index
 from fusion_core.table import Table
@@ -132,7 +132,7 @@ def test_exact_index_answers_like_brute_force_and_ids_are_table_rows(sparse: Any
 def test_meta_rows_are_the_tables_rows_in_the_order_asked_for(
     sparse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_META_BATCH_ROWS", 64)  # many batches; the table's own have 300 rows
+    monkeypatch.setattr(merge, "_META_BATCH_ROWS", 64)  # many batches; the table's own have 300 rows
     table = sparse[0]
     build.build(table, str(tmp_path))
     wanted = [699, 0, 64, 63, 64, 301]

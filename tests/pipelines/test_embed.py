@@ -112,7 +112,7 @@ def test_a_run_without_work_loads_no_towers_and_still_knows_the_weights(
 
 
 def test_new_changed_and_vanished_parts_are_done_and_nothing_else(
-    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = corpus(tmp_path)
     assert run("--workers", "1") == 0
@@ -122,7 +122,8 @@ def test_new_changed_and_vanished_parts_are_done_and_nothing_else(
     (path,) = (tmp_path / "table" / "features").glob("00002-*")
     path.unlink()
     capsys.readouterr()
-    assert run("--workers", "2") == 0
+    monkeypatch.setattr(towers, "load", lambda *_: pytest.fail("only the workers need the towers"))
+    assert run("--workers", "2", "--device", "cpu") == 0
     assert "3 units done, 1 stood already" in capsys.readouterr().out
     after = parts(tmp_path / "table")
     assert len(after) == 4

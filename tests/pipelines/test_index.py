@@ -31,7 +31,7 @@ def test_the_job_gives_the_bytes_that_building_in_this_process_gives(table: Tabl
     here = build.build(table, str(tmp_path / "here"), **options())
     there = job.run(build.IndexJob(str(tmp_path / "there"), **options()), table, Knobs(workers=2))
     assert (there.shards, there.meta, there.training) == (here.shards, here.meta, here.training)
-    assert set(there.seconds) == {"train", "add", "merge", "columns", "measure"}
+    assert set(there.seconds) == {"train", "add", "merge", "measure"}
 
 
 def test_pieces_that_failed_are_told_and_the_others_are_not_done_again(
