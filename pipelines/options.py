@@ -51,6 +51,7 @@ def build() -> argparse.ArgumentParser:
     _serve(_command(commands, "serve", "search an index over HTTP: an API and a page"))
     _fuse(_command(commands, "fuse", "a table with the vectors of another fuser, without touching a pixel"))
     _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
+    _run(_command(commands, "run", "a job file: embed, fuse, index, evaluate and publish, for schedulers"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
@@ -418,6 +419,21 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rows-per-file", type=positive, default=0, metavar="N", help="default: 10,000 in a tar, 1,000,000 in a .npy"
+    )
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Embeds, fuses, indexes and evaluates as a job file says, doing what is not done, and publishes the indexes "
+        "where nothing trips a limit. One run at a time on one output."
+    )
+    parser.add_argument("job", metavar="JOB.toml", help="the job file; relative paths in it are relative to it")
+    parser.add_argument("--rollback", action="store_true", help="make the version before the current one current")
+    parser.add_argument("--json", action="store_true", help="print the run's record")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = (
+        "Exit codes: 0 done; 1 failed or interrupted, try again; 2 wrong job file; 4 a limit tripped, nothing is "
+        "published; 5 another run is at work."
     )
 
 
