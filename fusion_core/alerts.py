@@ -107,7 +107,8 @@ def _shift(limit: float, new: Similarities, published: Similarities | None) -> A
     if not published or not published.rows or not new.rows:
         return _unjudged("max-similarity-shift", of, limit, "")
     shift = abs(new.mean - published.mean)
-    chance = _SIGMAS * math.sqrt(new.deviation**2 / new.rows + published.deviation**2 / published.rows)
+    deviation = max(new.deviation, published.deviation)  # that of a few rows says little
+    chance = _SIGMAS * deviation * math.sqrt(1 / new.rows + 1 / published.rows)
     why = f"{new.mean:.4f} of {new.rows:,} rows after {published.mean:.4f}; chance explains {chance:.4f}"
     return Alert("max-similarity-shift", of, round(shift, 6), limit, "", shift - chance > limit, why)
 

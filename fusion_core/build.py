@@ -132,6 +132,7 @@ def plan(job: IndexJob, table: Table, clock: Clock) -> Plan:
     live = {part.path for part in table.parts}
     known = before.training if before else None
     same = known is not None and (known.trained, known.kept) == (training.trained, training.kept)
+    same = same and before is not None and before.column == job.column  # an empty Flat is one for all columns
     whole = [shard for shard in before.shards if set(shard.parts) <= live] if before and same else []
     done = {path for shard in whole for path in shard.parts}
     todo = [record for record in table.records if record.features and record.features.path not in done]
@@ -285,6 +286,7 @@ def _piece(training: Training, group: Sequence[ManifestRecord]) -> Piece:
     parts = [record.features.sha256 for record in group if record.features]
     refine = training.trained_refine.sha256 if training.trained_refine else ""
     key = [
+        training.settings,
         training.trained.sha256,
         refine,
         training.queries.sha256,
@@ -404,7 +406,8 @@ def finish(job: IndexJob, planned: Plan, clock: Clock) -> IndexRecord:
     """
     table, training, place = planned.table, planned.training, job.place
     before = index.read_record(place) if files.stat(files.join(place, index.RECORD)) else None
-    if before and not planned.pieces and planned.kept == before.shards and before.parts == table.parts:
+    stands = before and (before.training, before.shards, before.parts) == (training, planned.kept, table.parts)
+    if before and stands and not planned.pieces:
         clock.log(f"index: {place} is of {table.place} as it is now: nothing to do")
         return before
     # What was downloaded is needed until the measurement is over.

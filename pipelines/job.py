@@ -34,6 +34,7 @@ _NOT_HERE = {
     ("embed", "num-shards"): "a job is one launcher",
     **{("evaluate", name.lstrip("-")): "for a table, and the indexes are evaluated" for name in options.EVAL_TABLE},
 }
+_POSITIONAL = ("command", "place", "table")
 _TAKES_BEAM = ("embed", "fuse", "index")  # a key `beam`, for the options that are not ours
 _FUSERS = ("weighted_sum", "concat", "hadamard")
 
@@ -164,9 +165,10 @@ def _parse(path: str, name: str, section: Mapping[str, Any], parse: Parse) -> ar
         if key in section:
             message = f"{key} = {_shown(section[key])}: {message.partition(': ')[2]}"
         raise BadJob(f"{where} {message.replace('--', '')}") from None
-    known = [key.replace("_", "-") for key in vars(args) if key not in ("command", "place")]
+    known = [key.replace("_", "-") for key in vars(args) if key not in _POSITIONAL]
+    known = [key for key in known if (name, key) not in _NOT_HERE]
     if unknown:
-        raise BadJob(f"{where} has no key {unknown[0]!r}{_meant(unknown[0], known)}; `fusion {name} --help` lists them")
+        raise BadJob(f"{where} has no key {unknown[0]!r}{_meant(unknown[0], known)}; there are {', '.join(known)}")
     for key, value in section.items():
         taken = getattr(args, key.replace("-", "_"))
         if isinstance(value, list) and not isinstance(taken, list):
