@@ -131,8 +131,10 @@ def plan(job: IndexJob, table: Table, clock: Clock) -> Plan:
         files.write_bytes(job.place, _training_name(job, table), records.to_json(training, indent=2))
     live = {part.path for part in table.parts}
     known = before.training if before else None
-    same = known is not None and (known.trained, known.kept) == (training.trained, training.kept)
-    same = same and before is not None and before.column == job.column  # an empty Flat is one for all columns
+    # An empty Flat index is the same for all columns, and for other queries than the shards have answers to.
+    learned = (training.trained, training.queries, training.kept)
+    same = known is not None and (known.trained, known.queries, known.kept) == learned
+    same = same and before is not None and before.column == job.column
     whole = [shard for shard in before.shards if set(shard.parts) <= live] if before and same else []
     done = {path for shard in whole for path in shard.parts}
     todo = [record for record in table.records if record.features and record.features.path not in done]

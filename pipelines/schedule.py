@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -300,6 +301,7 @@ class _Run:
         files.write_bytes(self._spec.output, f"runs/{self._own.id}.json", records.to_json(self._own, indent=2))
 
     def _end(self, state: Any, exit_code: int, message: str) -> JobRun:
+        message = files.redacted(message)
         with suppress(OSError):  # the exit code says it all the same
             self._record(state=state, exit_code=exit_code, message=message, ended_at=_now())
         self._own = replace(self._own, state=state, exit_code=exit_code, message=message)
@@ -478,7 +480,7 @@ def apart(argv: Sequence[str]) -> Ended:
     """Runs a command in a child process; what it says goes to this one's stderr. It ends with this process."""
     before = _cpu_seconds(resource.RUSAGE_CHILDREN)
     last: deque[str] = deque(maxlen=_LINES)
-    path = os.pathsep.join(item for item in sys.path if item)
+    path = os.pathsep.join((str(Path(__file__).parents[1]), *filter(None, sys.path)))
     with subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD, *argv],
         stdin=subprocess.PIPE,
