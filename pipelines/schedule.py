@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,7 +40,6 @@ from schemas.job import (
     Baseline,
     IndexState,
     IndexStep,
-    IndexVersion,
     JobRun,
     JobSpec,
     Similarities,
@@ -73,12 +72,7 @@ class _Stopped(Exception):
         self.exit_code = exit_code
 
 
-RunStage = Callable[[Sequence[str]], Ended]
-
-
-def run(
-    spec: JobSpec, path: str, data: bytes, command: str, quiet: bool, run_stage: "RunStage | None" = None
-) -> JobRun:
+def run(spec: JobSpec, path: str, data: bytes, command: str, quiet: bool) -> JobRun:
     """The record of one run of the job in the file `path` with the bytes `data`, from that file's folder.
 
     Raises lock.Locked where another run is at work. An interrupt is recorded and raised again.
@@ -95,14 +89,14 @@ def run(
         versions=_versions(),
     )
     with lock.held(spec.output, own.id) as hold:
-        return _Run(spec, own, hold, quiet, run_stage or apart).execute()
+        return _Run(spec, own, hold, quiet).execute()
 
 
 class _Run:
     """One run while it lasts."""
 
-    def __init__(self, spec: JobSpec, own: JobRun, hold: lock.Hold, quiet: bool, run_stage: RunStage):
-        self._spec, self._own, self._hold, self._quiet, self._run_stage = spec, own, hold, quiet, run_stage
+    def __init__(self, spec: JobSpec, own: JobRun, hold: lock.Hold, quiet: bool):
+        self._spec, self._own, self._hold, self._quiet = spec, own, hold, quiet
         self._started = time.monotonic()
         self._state: Any = "unchanged"
 
@@ -132,14 +126,13 @@ class _Run:
             source = job.fused_place(spec.output)
             noise = ["--quiet"] if self._quiet and "--quiet" not in spec.fuse else []
             self._stage("fuse", ["fuse", place, *spec.fuse, f"--output={source}", *noise])
-        embedded = Table.open(place)
-        published = self._compare(embedded)
+        published = self._compare(_open(place))
         assert self._own.table and self._own.similarity_new
         self._judge(alerts.of_table(spec.limits, self._own.table, self._own.similarity_new, published))
-        indexed = Table.open(source) if source != place else embedded
-        steps = [(step, self._index(step, indexed)) for step in spec.indexes]
-        self._judge(alert for step, _ in steps for alert in self._recalls(step))
-        self._publish(embedded, [step for step, is_new in steps if is_new])
+        standing = _standing(spec, _open(source))  # no table is held in memory while others work
+        new = [step for step in spec.indexes if self._index(step, source, step.name in standing)]
+        self._judge(alert for step in new for alert in self._recalls(step))
+        self._publish(new)
 
     # --- stages
 
@@ -149,7 +142,7 @@ class _Run:
         self._record(stages=(*self._own.stages, stage))
         began = time.monotonic()
         try:
-            ended = self._run_stage(argv)
+            ended = apart(argv)
         except KeyboardInterrupt:
             self._amend(replace(stage, state="interrupted", seconds=round(time.monotonic() - began, 3)))
             raise
@@ -175,13 +168,13 @@ class _Run:
     def _amend(self, stage: StageRun) -> None:
         self._record(stages=(*self._own.stages[:-1], stage))
 
-    def _index(self, step: IndexStep, source: Table) -> bool:
-        """Makes a candidate of the index, where it would differ from the current version; whether it does."""
+    def _index(self, step: IndexStep, source: str, stands: bool) -> bool:
+        """Makes a candidate of the index, unless the current version `stands`; whether they differ."""
         root = job.index_place(self._spec.output, step.name)
         known = versions.read(root)
         current = versions.standing(root)
         before = _index_record(current) if known else None
-        if known and before and _is_of(before, current, source, step, known.versions, known.current):
+        if before and stands:
             for left in versions.candidates(root):
                 versions.discard(files.join(root, left))
             self._skip(f"index {step.name}", "its table and options are what they were")
@@ -189,7 +182,7 @@ class _Run:
             return False
         place = versions.begin(root, self._own.id)
         try:
-            self._stage(f"index {step.name}", ["index", source.place, *step.options, f"--output={place}"])
+            self._stage(f"index {step.name}", ["index", source, *step.options, f"--output={place}"])
         except _Stopped as stopped:
             if stopped.exit_code == 2:  # it cannot be gone on with: the next run begins with the current version
                 versions.discard(place)
@@ -203,7 +196,7 @@ class _Run:
             self._add_index(step, current, before, "unchanged")
             return False
         if self._spec.evaluate is not None:
-            self._stage(f"evaluate {step.name}", ["eval", place, f"--table={source.place}", *self._spec.evaluate])
+            self._stage(f"evaluate {step.name}", ["eval", place, f"--table={source}", *self._spec.evaluate])
         self._add_index(step, place, record, "candidate")
         return True
 
@@ -217,6 +210,7 @@ class _Run:
 
     def _compare(self, embedded: Table) -> tuple[TableState, Similarities] | None:
         """Records the table as it is, and what of it is new since the last published run, whose figures it returns."""
+        _write_units(self._spec.output, self._own.id, embedded)
         baseline = _read_baseline(self._spec.output)
         known = baseline[1] if baseline else {}
         new, gone = [], dict(known)
@@ -250,8 +244,6 @@ class _Run:
     def _recalls(self, step: IndexStep) -> Iterator[Any]:
         """The alerts on an index that is a candidate."""
         found = next(item for item in self._own.indexes if item.name == step.name)
-        if found.state == "unchanged":
-            return
         root = job.index_place(self._spec.output, step.name)
         current = versions.standing(root)
         before = _index_record(current) if current != root else None
@@ -274,10 +266,9 @@ class _Run:
 
     # --- publish
 
-    def _publish(self, embedded: Table, steps: Sequence[IndexStep]) -> None:
+    def _publish(self, steps: Sequence[IndexStep]) -> None:
         output = self._spec.output
         self._hold.check()
-        _write_units(output, self._own.id, embedded)
         done = []
         for item in self._own.indexes:
             step = next((step for step in steps if step.name == item.name), None)
@@ -308,16 +299,32 @@ class _Run:
         return self._own
 
 
-def _is_of(
-    record: IndexRecord, place: str, source: Table, step: IndexStep, known: Sequence[IndexVersion], current: str
-) -> bool:
-    """Whether a version is what `fusion index` would make of the table with these options; not where --keep is one."""
-    options = next(item.options for item in known if item.id == current)
+def _open(place: str) -> Table:
+    """The table without what its units cost: half the memory."""
+    spec = table.read_spec(place)
+    if spec is None:
+        raise table.TableError(f"{place} has no table.json any more: does the storage keep what is written?")
+    return Table(place, spec, table.read_manifest(place, brief=True).live)
+
+
+def _standing(spec: JobSpec, source: Table) -> set[str]:
+    """The indexes whose current version is what `fusion index` would make of the table with their options."""
+    return {step.name for step in spec.indexes if _stands(job.index_place(spec.output, step.name), step, source)}
+
+
+def _stands(root: str, step: IndexStep, source: Table) -> bool:
+    """Never where --keep is an option: what that names may have changed."""
+    known = versions.read(root)
+    current = versions.standing(root)
+    record = _index_record(current) if known else None
+    if known is None or record is None:
+        return False
+    options = next((item.options for item in known.versions if item.id == known.current), None)
     ours, theirs = ([(part.path, part.sha256) for part in parts] for parts in (record.parts, source.parts))
-    lying = files.stat_many([files.join(place, part.path) for part in record.files])
+    lying = files.stat_many([files.join(current, part.path) for part in record.files])
     return (
         options == step.options
-        and not any(word.startswith("--keep") for word in options)
+        and not any(word.startswith("--keep") for word in step.options)
         and (record.table, record.table_spec.decisive, ours) == (source.place, source.spec.decisive, theirs)
         and all(found and found.size_bytes == part.size_bytes for found, part in zip(lying, record.files, strict=True))
     )
