@@ -225,6 +225,20 @@ def test_one_run_at_a_time(job: Job) -> None:
     job.run()
 
 
+def test_a_run_whose_lock_was_taken_over_publishes_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent_for_long(argv: Sequence[str]) -> Ended:
+        ended = inside(argv)
+        for path in job.claims if argv[0] == "index" else ():
+            path.unlink()
+        return ended
+
+    monkeypatch.setattr(schedule, "apart", silent_for_long)
+    assert "another one took over" in job.run(1).message
+    assert versions.read(str(job.root)) is None
+    monkeypatch.setattr(schedule, "apart", inside)
+    assert job.run().state == "published"
+
+
 def test_an_index_with_versions_is_not_built_over(job: Job) -> None:
     job.run()
     table = str(job.folder / "out" / "table")
