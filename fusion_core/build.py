@@ -159,7 +159,8 @@ def plan(job: IndexJob, table: Table, clock: Clock) -> Plan:
 def _standing(job: IndexJob, table: Table, before: IndexRecord, training: Training) -> Iterator[Source]:
     """The shards that are taken over: with the training, and but for few rows of the table as it is."""
     known = before.training
-    if known is None or _decided_by(known) != _decided_by(training):
+    # An empty Flat index is the same for all columns.
+    if known is None or before.column != job.column or _decided_by(known) != _decided_by(training):
         return
     part_rows = {part.path: part.rows for part in (*before.parts, *table.parts)}
     live = {part.path for part in table.parts}
@@ -363,6 +364,7 @@ def _piece(training: Training, group: Sequence[ManifestRecord]) -> Piece:
     parts = [record.features.sha256 for record in group if record.features]
     refine = training.trained_refine.sha256 if training.trained_refine else ""
     key = [
+        training.settings,
         training.trained.sha256,
         refine,
         training.drawn or training.queries.sha256,

@@ -7,6 +7,7 @@ recorded. Files become visible whole or not at all: locally by a temporary name,
 because a PUT is atomic.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -212,6 +213,45 @@ def remove(place: str) -> None:
     except OSError:
         if stat(place) is not None:
             raise
+
+
+def remove_folder(folder: str) -> None:
+    """Deletes a folder with all that is in it; one that is gone already is no error."""
+    filesystem, path = resolve(folder)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_dir(path)
+
+
+def link(source: str, target: str) -> None:
+    """Makes the file `source` be at `target`, too, on the same storage: at once and without its bytes where it can.
+
+    Neither may be written into after that, only replaced.
+    """
+    if is_local(source):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+            return
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links
+            folder, _, name = target.rpartition("/")
+            with PendingFile(folder) as pending:
+                with open(source, "rb") as stream:
+                    shutil.copyfileobj(stream, cast(Any, pending), _BLOCK_BYTES)
+                pending.publish(name)
+            return
+    filesystem, path = resolve(source)
+    copy = resolve(target)[1]
+    try:
+        filesystem.copy_file(path, copy)
+    except FileNotFoundError:
+        raise
+    except OSError:  # stores copy no more than 5 GB themselves
+        with filesystem.open_input_file(path) as stream, filesystem.open_output_stream(copy) as sink:
+            shutil.copyfileobj(stream, sink, _BLOCK_BYTES)
 
 
 class PendingFile:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusion_core import files, vectors
+from fusion_core import files, vectors, versions
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
 from schemas import records
@@ -251,11 +251,12 @@ class Index:
 
     @classmethod
     def open(cls, place: str, verify: bool = True) -> "Index":
-        """The index at `place`; raises BadIndex, before FAISS reads a byte, when a file is not what index.json says.
+        """The index at `place`, or its current version; raises BadIndex, before FAISS reads a byte, when a file is not
+        what index.json says.
 
         Without `verify` sizes and headers are checked but not hashes: for a place that nobody else can write to.
         """
-        place = files.absolute(place)
+        place = versions.standing(files.absolute(place))
         record = read_record(place)
         try:
             return cls._open_as(place, record, verify)

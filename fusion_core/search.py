@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fusion_core import decisions, fields, files, fusers, images, tabular, tars, towers, where
+from fusion_core import decisions, fields, files, fusers, images, tabular, tars, towers, versions, where
 from fusion_core.index import BadIndex, Index, read_record
 from fusion_core.towers import Towers
 from fusion_core.vectors import Floats, Ids
@@ -79,7 +79,7 @@ def open(path: str, device: str = "auto", pretrained: str = "", fuser: str = "",
     `pretrained`: where the weights lie now, if they were moved. `fuser`: that is to weigh queries of text and image, as
     for fusers.parse. Raises BadIndex, FuserError and WrongSpace; a query may raise TowerError.
     """
-    spec = read_record(files.absolute(path)).table_spec
+    spec = read_record(versions.standing(files.absolute(path))).table_spec
     weigher = fusers.parse(fuser, spec.tower.embedding_dim, spec.backbone) if fuser else None
 
     def load() -> Towers:

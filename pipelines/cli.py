@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import chdir, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from pipelines.plan import Plan
     from pipelines.runner import Knobs
     from schemas.feature_table import RunRecord, TableSpec, TowerSpec
+    from schemas.job import JobRun
 
-DONE, FAILED, USAGE, TOO_MANY_DEAD = 0, 1, 2, 3
+DONE, FAILED, USAGE, TOO_MANY_DEAD, ALERT, LOCKED = 0, 1, 2, 3, 4, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +62,10 @@ def _recorded(arguments: Sequence[str]) -> str:
 
 def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
-    if isinstance(error, OSError) or type(error).__name__ == "RunnerError":
+    if isinstance(error, OSError) or type(error).__name__ in ("RunnerError", "Lost"):
         return FAILED
+    if type(error).__name__ == "Locked":
+        return LOCKED
     named = {
         "BadPlace",
         "InputError",
@@ -71,6 +74,7 @@ def _expected(error: Exception) -> int | None:
         "FuserError",
         "SchemaMismatch",
         "BadIndex",
+        "BadJob",
         "BadQuery",
         "WrongSpace",
         "BadImage",
@@ -296,12 +300,25 @@ def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None
 
 
 def _status(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import table
+    from fusion_core import files, table
     from pipelines import status
 
+    place = files.absolute(args.table)
+    if table.read_spec(place) is None:
+        from pipelines import schedule
+
+        if found := schedule.latest(place):
+            return _tell(schedule.text(found), found, args.json)
     feature_table = table.Table.open(args.table)
-    found = status.describe(feature_table)
-    print(json.dumps(found) if args.json else status.text(found))
+    described = status.describe(feature_table)
+    print(json.dumps(described) if args.json else status.text(described))
+    return DONE
+
+
+def _tell(text: str, record: "JobRun", as_json: bool) -> int:
+    from schemas import records
+
+    print(records.to_json(record, indent=2).decode() if as_json else text)
     return DONE
 
 
@@ -353,7 +370,7 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
 
 
 def _index(args: argparse.Namespace, rest: list[str]) -> int:
-    from fusion_core import build, files, report, table
+    from fusion_core import build, files, report, table, versions
 
     feature_table = table.Table.open(args.table)
     feature_table.check_embedding(args.column)
@@ -362,6 +379,9 @@ def _index(args: argparse.Namespace, rest: list[str]) -> int:
 
     runner.check_beam_options(rest, vars(args))
     place = files.absolute(args.output)
+    if versions.read(place):
+        print(f"fusion index: {place} has versions: `fusion run` adds to them; name another --output", file=sys.stderr)
+        return USAGE
     asked = ("column", "target_recall", "max_bytes_per_vector", "max_shard_bytes", "tune_seconds")
     keep = files.absolute(args.keep) if args.keep else ""
     job = build.IndexJob(place, keep=keep, **{name: getattr(args, name) for name in asked})
@@ -497,9 +517,9 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import files
+    from fusion_core import files, versions
 
-    place = files.absolute(args.place)
+    place = versions.standing(files.absolute(args.place))
     is_index = files.stat(files.join(place, "index.json")) is not None
     asked = {word.partition("=")[0] for word in args.arguments if word.startswith("--")}
     if wrong := sorted(asked & (options.EVAL_TABLE if is_index else options.EVAL_INDEX)):
@@ -664,6 +684,24 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
     return DONE
 
 
+def _run_job(args: argparse.Namespace, _: list[str]) -> int:
+    from fusion_core import files
+    from pipelines import job, schedule
+
+    path = files.absolute(args.job)
+    with chdir(os.path.dirname(path)) if files.is_local(path) and os.path.isfile(path) else nullcontext():
+        spec, data = job.read(path)
+        if args.rollback:
+            print("\n".join(schedule.roll_back(spec)))
+            return DONE
+        job.check_places(path, spec)
+        run = schedule.run(spec, path, data, _recorded(args.arguments), args.quiet)
+    _tell(schedule.text(run), run, args.json)
+    if run.exit_code:
+        print(f"fusion run: {run.message}", file=sys.stderr)
+    return run.exit_code or DONE
+
+
 def _demo(args: argparse.Namespace, _: list[str]) -> int:
     from pipelines import demo
 
@@ -687,6 +725,7 @@ _COMMANDS = {
     "export": _export,
     "import": _import,
     "train": _train,
+    "run": _run_job,
 }
 
 if __name__ == "__main__":

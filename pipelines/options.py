@@ -54,6 +54,7 @@ def build() -> argparse.ArgumentParser:
     )
     _export(_command(commands, "export", "a table's rows as WebDataset tars, or in clip-retrieval's layout"))
     _import(_command(commands, "import", "embeddings that clip-retrieval made, as a feature table"))
+    _run(_command(commands, "run", "a job file: embed, fuse, index, evaluate and publish, for schedulers"))
     _train(_command(commands, "train", "fit a fuser to a table's embeddings, and tell whether it is worth having"))
     return parser
 
@@ -466,6 +467,21 @@ def _import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Embeds, fuses, indexes and evaluates as a job file says, doing what is not done, and publishes the indexes "
+        "where nothing trips a limit. One run at a time on one output."
+    )
+    parser.add_argument("job", metavar="JOB.toml", help="the job file; relative paths in it are relative to it")
+    parser.add_argument("--rollback", action="store_true", help="make the version before the current one current")
+    parser.add_argument("--json", action="store_true", help="print the run's record")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = (
+        "Exit codes: 0 done; 1 failed or interrupted, try again; 2 wrong job file; 4 a limit tripped, nothing is "
+        "published; 5 another run is at work."
+    )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

@@ -165,6 +165,15 @@ def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end() -> None:
+    """Ends all processes and waits for them, so that what they took counts as this one's children's."""
+    with _LOCK:
+        idle, _IDLE[:] = _IDLE[:], []
+    for worker in idle:
+        worker.close()
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 def attempt(
     order: Order,
     model: towers.Towers,

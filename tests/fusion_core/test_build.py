@@ -202,6 +202,20 @@ def test_a_grown_table_adds_what_is_new_and_drops_what_is_gone(
     assert index.recall(*answers, *truth, 10) == pytest.approx(said, abs=0.03)
 
 
+def test_another_request_at_the_same_place_is_not_taken_for_done(world: Any, tmp_path: Path) -> None:
+    for column, target in (("image_embedding", 0.95), ("text_embedding", 0.95), ("text_embedding", 0.9)):
+        found = build.build(world[0], str(tmp_path / "same"), column, target_recall=target)
+        fresh = build.build(world[0], str(tmp_path / f"{column}-{target}"), column, target_recall=target)
+        assert (found.column, found.target_recall, found.vectors) == (column, target, fresh.vectors)
+
+
+def test_an_exact_index_follows_a_table_that_outgrew_its_queries(world: Any, tmp_path: Path) -> None:
+    build.build(subset(world[0], 0, 1), str(tmp_path / "same"))
+    found = build.build(world[0], str(tmp_path / "same"))
+    fresh = build.build(world[0], str(tmp_path / "fresh"))
+    assert (found.factory, found.shards, found.recalls) == ("Flat", fresh.shards, fresh.recalls)
+
+
 def test_training_is_done_again_when_the_table_has_outgrown_it(world: Any, tmp_path: Path) -> None:
     first = build.build(subset(world[0], 0, 1, 2), str(tmp_path), **options())
     second = build.build(subset(world[0], 0, 1, 2, 3, 4, 5), str(tmp_path), **options())

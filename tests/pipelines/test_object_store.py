@@ -19,9 +19,9 @@ import pyarrow.fs as pafs
 import pytest
 from torch.utils.data import DataLoader
 
-from fusion_core import dedup, files, index, search, table, towers
+from fusion_core import dedup, files, index, lock, search, table, towers, versions
 from fusion_core.feed import Feed
-from pipelines import cli
+from pipelines import cli, schedule
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
 KEY, SECRET = "AKIAFUSIONTEST00KEY", "f1/s3cr3t+0f+th3/test"
@@ -144,6 +144,28 @@ def test_the_whole_way(store: Path, capsys: pytest.CaptureFixture[str], tmp_path
 
     assert cli.main(["dedup", there, "--output", "s3://corpus/work/dedup"]) == 0
     assert dedup.Duplicates.open("s3://corpus/work/dedup", table.Table.open(there)).kept().all()
+
+
+def test_a_job_publishes_on_the_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "apart", lambda argv: schedule.Ended(cli.main(argv), 0.0))
+    job = tmp_path / "job.toml"
+    for number, pattern in enumerate(("000", "{000..001}", "{000..001}")):
+        embedding = f'input = "s3://corpus/shards/shards-{pattern}.tar"\nmodel = "fusion-demo"\nworkers = 1\n'
+        embedding += 'device = "cpu"\nquiet = true\n'
+        job.write_text(f'output = "s3://corpus/job"\n[embed]\n{embedding}[[index]]\nname = "pictures"\n')
+        assert cli.main(["run", str(job)]) == 0
+        found = schedule.latest("s3://corpus/job")
+        assert found and found.state == ("published", "published", "unchanged")[number]
+    opened = index.Index.open("s3://corpus/job/indexes/pictures")
+    known = versions.read("s3://corpus/job/indexes/pictures")
+    assert opened.record.rows_indexed == 24 and known and len(known.versions) == 2
+    older = index.Index.open(f"s3://corpus/job/indexes/pictures/{known.versions[1].id}")
+    assert older.record.rows_indexed == 12
+    with lock.held("s3://corpus/job", "other"):
+        assert cli.main(["run", str(job)]) == 5
+    versions.discard(older.place)
+    assert not [name for name in objects() if known.versions[1].id in name and "/indexes/" in name]
+    assert not [name for name in objects() if name.startswith("corpus/job/lock/") and name.endswith(".json")]
 
 
 def shards_whole(store: Path) -> bytes:
