@@ -144,7 +144,7 @@ class Adds:
 def test_what_is_done_is_not_done_again_after_a_kill(
     world: Any, built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = world[0]
+    table, undisturbed = world[0], Index.open(str(built("IVF1,SQ8"))).record
     with monkeypatch.context() as patch:
         first = Adds(patch, dies_at=2)
         with pytest.raises(OSError, match="killed"):
@@ -157,7 +157,6 @@ def test_what_is_done_is_not_done_again_after_a_kill(
     second = Adds(monkeypatch)
     record = build.build(table, str(tmp_path), **options())
     assert (first.rows, second.rows) == ([800, 800], [800, 800, 800])
-    undisturbed = Index.open(str(built("IVF1,SQ8"))).record
     assert record.shards == undisturbed.shards
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert names == {part.path for part in record.files} | {index.RECORD}
