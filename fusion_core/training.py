@@ -467,26 +467,34 @@ def _gallery(examples: Examples, rows: Ids) -> tuple[Ids, Ids]:
     return own[first], place.astype(np.int64)
 
 
+def retrieved(examples: Examples, rows: Ids, system: fusers.Fuser | str, target: str) -> Ids:
+    """The rank, from 1, of what each of these examples is to find, among what all of them are to find.
+
+    `system`: a fuser, or the side that asks alone; `target`: the column that is searched, "image" or "text".
+    """
+    gallery, own = _gallery(examples, rows)
+    targets = fusers.normalize(examples.targets[gallery])
+    if isinstance(system, str):
+        has = getattr(examples, f"has_{system}")[rows]
+        return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, system)[rows]), 0), targets, own)
+    if system.spec.space == "own":
+        there = np.ones(len(gallery), bool)
+        flags = (there, ~there) if target == "image" else (~there, there)
+        targets, _ = system.fuse(targets, targets, *flags)
+    return ranks(_fused(examples, rows, system), targets, own)
+
+
 def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fusers.Fuser, job: TrainJob) -> Report:
     """Each system's queries against the same gallery of whole rows, one for each content."""
 
-    def found(rows: Ids, system: fusers.Fuser | None, side: str = "") -> Ids:
-        gallery, own = _gallery(examples, rows)
-        targets = fusers.normalize(examples.targets[gallery])
-        if system is None:
-            has = getattr(examples, f"has_{side}")[rows]
-            return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, side)[rows]), 0), targets, own)
-        if system.spec.space == "own":
-            there = np.ones(len(gallery), bool)
-            flags = (there, ~there) if job.target == "image" else (~there, there)
-            targets, _ = system.fuse(targets, targets, *flags)
-        return ranks(_fused(examples, rows, system), targets, own)
+    def found(rows: Ids, system: fusers.Fuser | str) -> Ids:
+        return retrieved(examples, rows, system, job.target)
 
-    sums = {weight: _sum(weight, examples.dim) for weight in _WEIGHTS}
+    sums = {weight: weighted_sum(weight, examples.dim) for weight in _WEIGHTS}
     tuned = max(_WEIGHTS, key=lambda weight: (1 / found(validation, sums[weight])).mean())
-    single = max(_SIDES, key=lambda side: (1 / found(validation, None, side)).mean())
+    single = max(_SIDES, key=lambda side: (1 / found(validation, side)).mean())
     sum_name = f"weighted sum, image {tuned:g}"
-    by_system = {f"{side} only": found(test, None, side) for side in _SIDES}
+    by_system = {f"{side} only": found(test, side) for side in _SIDES}
     by_system |= {sum_name: found(test, sums[tuned]), job.kind: found(test, fuser)}
     figures = {
         name: {**{f"R@{k}": float((place <= k).mean()) for k in _KS}, "MRR": float((1 / place).mean())}
@@ -520,7 +528,9 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
 
     singles = {side: probed(side_only(side)) for side in _SIDES}
-    sums = {w: probed(lambda rows, w=w: _fused(examples, rows, _sum(w, examples.dim))) for w in (0.25, 0.5, 0.75)}  # type: ignore[misc]
+    sums = {
+        w: probed(lambda rows, w=w: _fused(examples, rows, weighted_sum(w, examples.dim))) for w in (0.25, 0.5, 0.75)
+    }  # type: ignore[misc]
     sums |= {1.0: singles["image"], 0.0: singles["text"]}
     tuned = max(sums, key=lambda weight: accuracy(sums[weight][0], VALIDATION).mean())
     mixes = {
@@ -589,7 +599,8 @@ def _fused(examples: Examples, rows: Ids, system: fusers.Fuser) -> Floats:
     return system.fuse(*slots)[0]
 
 
-def _sum(weight: float, dim: int) -> fusers.Fuser:
+def weighted_sum(weight: float, dim: int) -> fusers.Fuser:
+    """The fuser of this share of the image."""
     return fusers.create("weighted_sum", {"image": weight, "text": 1 - weight}, dim)
 
 

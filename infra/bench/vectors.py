@@ -4,6 +4,7 @@ A pair shares a meaning (a point of a mixture in `latent` dimensions of falling 
 its own and a constant offset. Rows are made unit by unit, so that a table of any size costs the memory of one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +49,31 @@ class World:
         return found[0], found[1]
 
 
+def write_unit(
+    place: Path, spec: TableSpec, number: int, keys: Sequence[str], image: Floats, text: Floats, **columns: pa.Array
+) -> None:
+    """A unit of a table: vectors [n, D], of zeros where a modality is absent; `columns` beside what they need."""
+    schema, n = features_schema(spec), len(keys)
+    unit = Unit(f"unit-{number:06d}", "tar", f"/data/{number:06d}.tar", InputIdentity(1, 1))
+    given = {field.name: pa.nulls(n, field.type) for field in schema}
+    given |= {"key": pa.array(keys), "shard": pa.array([unit.shard] * n), "row": pa.array(np.arange(n))} | columns
+    for side, matrix in (("image", image), ("text", text)):
+        given[f"has_{side}"] = pa.array(matrix.any(axis=1))
+        name = f"{side}_embedding"
+        given[name] = table.to_arrow(matrix.astype(np.float16), schema.field(name).type)
+    with table.UnitWriter(str(place), spec, unit) as writer:
+        writer.write(pa.record_batch([given[name] for name in schema.names], schema=schema))
+        writer.commit()
+
+
 def write_table(place: Path, rows: int, dim: int = 512) -> table.Table:
     """A table of so many pairs at `place`; one that stands there is taken as it is."""
     if (place / "table.json").is_file():
         return table.Table.open(str(place))
     tower = TowerSpec("synthetic", "", "c", "w", dim, "fp32", Preprocess(32, 32, (0.5,) * 3, (0.5,) * 3))
     spec, world = table.claim(str(place), TableSpec(tower)), World(dim)
-    schema = features_schema(spec)
     for number, start in enumerate(range(0, rows, UNIT_ROWS)):
         n = min(UNIT_ROWS, rows - start)
-        unit = Unit(f"unit-{number:06d}", "tar", f"/data/{number:06d}.tar", InputIdentity(1, 1))
-        columns = {field.name: pa.nulls(n, field.type) for field in schema}
-        columns |= {
-            "key": pa.array([f"{start + row}" for row in range(n)]),
-            "shard": pa.array([unit.shard] * n),
-            "row": pa.array(np.arange(n)),
-            "has_image": pa.array(np.ones(n, bool)),
-            "has_text": pa.array(np.ones(n, bool)),
-        }
-        for name, matrix in zip(("image", "text"), world.pairs(n, number + 1), strict=True):
-            name = f"{name}_embedding"
-            columns[name] = table.to_arrow(matrix.astype(np.float16), schema.field(name).type)
-        with table.UnitWriter(str(place), spec, unit) as writer:
-            writer.write(pa.record_batch([columns[name] for name in schema.names], schema=schema))
-            writer.commit()
+        write_unit(place, spec, number, [str(start + row) for row in range(n)], *world.pairs(n, number + 1))
     table.compact(str(place))
     return table.Table.open(str(place))
