@@ -44,6 +44,7 @@ from schemas.fuser import TrainJob
 Floats = npt.NDArray[Any]
 View = Callable[[Scene, Scene, np.random.Generator], tuple[Image.Image | None, str]]  # of a scene, beside another
 
+GALLERY = 1000
 BLUR_PIXELS, SLIGHT_BLUR_PIXELS, NOISE = 6.0, 1.5, 10.0
 LEFT_OUT = frozenset({"colour", "shape", "size"})
 TUNING_PAIRS = frozenset({(SHAPES[i], COLOURS[(i + step) % 8]) for i, step in enumerate((3, 4, 5, 6, 1, 0, 7, 2)[:6])})
