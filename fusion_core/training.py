@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fusion_core import decisions, files, fusers
+from fusion_core import decisions, files, fusers, metrics
 from fusion_core.examples import TEST, TRAIN, VALIDATION, Bools, Examples, Floats, Ids, TrainError, gather
 from fusion_core.table import Table
 from schemas import records
@@ -43,7 +43,7 @@ class Report:
     best_single: str
     tuned_sum: str
     differences: dict[str, tuple[float, float, float]]  # of the measure, fuser minus each: mean and 95 % interval
-    distances: dict[str, float]  # between the modalities: CORAL, MMD, JSD
+    distances: dict[str, float]  # between the modalities: CORAL, MMD², the JSD of what they find
 
     @property
     def measure(self) -> str:
@@ -404,7 +404,8 @@ class _Objective:
         y, _ = net(image[rows], text[rows], absent, there)
         anchors = (targets if targets is not None else torch.cat([x, y])).detach()
         job = self._job
-        return job.coral * losses.coral(x, y) + job.mmd * losses.mmd(x, y) + job.jsd * losses.jsd(x, y, anchors)
+        apart = job.coral * metrics.coral(x, y) + job.mmd * losses.mmd2(x, y)
+        return apart + job.jsd * losses.neighbour_jsd(x, y, anchors)
 
     def _targets(self, net: Any, own: Ids) -> Any:
         """What queries are to find: the column's vectors; through the fuser, too, where that has a space of its own."""
@@ -587,9 +588,10 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
     }
     found: dict[str, float] = {}
     for name, arrays in pairs.items():
-        x, y = (torch.from_numpy(array).double() for array in arrays)
-        measured = {"CORAL": losses.coral(x, y), "relative CORAL": losses.relative_coral(x, y)}
-        measured |= {"MMD": losses.mmd(x, y), "JSD": losses.jsd(x, y, torch.cat([x, y]))}
+        x, y = (array.astype(np.float64) for array in arrays)
+        measured = {"CORAL": metrics.coral(x, y), "relative CORAL": metrics.relative_coral(x, y)}
+        tensors = torch.from_numpy(x), torch.from_numpy(y)
+        measured |= {"MMD²": metrics.mmd2(x, y), "neighbours' JSD": losses.neighbour_jsd(*tensors, torch.cat(tensors))}
         found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in measured.items()}
     return found
 

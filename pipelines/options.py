@@ -23,7 +23,7 @@ _TRAINING = {
     "logit_adjustment": "for rare labels: times the log of a label's share, 1 is usual",
     "coral": "weight of this distance between modalities as a regulariser",
     "mmd": "weight of this distance between modalities as a regulariser",
-    "jsd": "weight of this distance between modalities as a regulariser",
+    "jsd": "weight of the divergence of what the modalities find, as a regulariser",
     "max_rows": "rows of TABLE that are used, drawn in row groups",
     "seed": "of the split, the sample, the order and the start",
 }

@@ -56,7 +56,7 @@ class TrainJob:
     label_weight: float = 1.0  # of the cross-entropy of labels beside the contrastive loss
     coral: float = 0.0  # of these distances between fused(image alone) and fused(text alone), as regularisers
     mmd: float = 0.0
-    jsd: float = 0.0
+    jsd: float = 0.0  # of what the two find among a batch's targets
     modality_dropout: float | None = None  # share of rows that lose one; None: 0.2 if any row lacks one, else 0
     class_weights: bool = False  # by inverse frequency
     logit_adjustment: float = 0.0  # times the log of a class's share, added to its logit in training; 1 is usual
