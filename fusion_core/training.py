@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,10 +23,11 @@ from schemas.fuser import FuserRecord, TrainJob
 
 LEAST_ROWS = 50  # for each of training, validation and test
 
-_EPOCHS, _STEPS = 25, 1_000  # of a training that is not told how many: what a table of 20,000 rows has in 25
+_EPOCHS, _STEPS = 25, 500  # of a training that is not told how many: what a table of 10,000 rows has in 25
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
+_COMPARED_ROWS = 1_000  # at most, of each modality, whose distances are reported: every row is compared with every row
 _RESAMPLES = 2_000
 _KS = (1, 5, 10)
 _WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -365,9 +367,7 @@ class _Objective:
         targets = None
         if examples.contrastive:
             targets = self._targets(net, own)
-            groups = examples.group[own].astype(np.int64)
-            codes = [np.unique(groups, return_inverse=True)[1], examples.caption[own]]
-            same = losses.same_content(*(torch.from_numpy(code).to(self._device) for code in codes))
+            same = self._same(own)
             scale = self._log_scale.exp().clamp(max=losses.LARGEST_SCALE)
             if job.loss == "siglip":
                 total = total + losses.siglip(fused, targets, scale, self._bias, same)
@@ -378,6 +378,19 @@ class _Objective:
         if job.coral or job.mmd or job.jsd:
             total = total + self._regularised(net, image, text, has[0] & has[1], targets)
         return total
+
+    def _same(self, own: Ids) -> Any:
+        """Which pairs of these rows are no negatives of each other, bool [n, n]; None where there are none."""
+        import torch
+
+        from fusion_core import losses
+
+        caption = self._examples.caption[own]
+        codes = [np.unique(self._examples.group[own], return_inverse=True)[1], caption]
+        said = caption[caption >= 0]
+        if len(np.unique(codes[0])) == len(own) and len(np.unique(said)) == len(said):
+            return None
+        return losses.same_content(*(torch.from_numpy(code).to(self._device) for code in codes))
 
     def _label_loss(self, fused: Any, own: Ids) -> Any:
         import torch
@@ -529,9 +542,8 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
 
     singles = {side: probed(side_only(side)) for side in _SIDES}
-    sums = {
-        w: probed(lambda rows, w=w: _fused(examples, rows, weighted_sum(w, examples.dim))) for w in (0.25, 0.5, 0.75)
-    }  # type: ignore[misc]
+    halves = [weighted_sum(w, examples.dim) for w in (0.25, 0.5, 0.75)]
+    sums = {half.spec.params["image"]: probed(partial(_fused, examples, system=half)) for half in halves}
     sums |= {1.0: singles["image"], 0.0: singles["text"]}
     tuned = max(sums, key=lambda weight: accuracy(sums[weight][0], VALIDATION).mean())
     mixes = {
@@ -577,7 +589,7 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
 
     from fusion_core import losses
 
-    both = rows[examples.has_image[rows] & examples.has_text[rows]][:_WATCHED_ROWS]
+    both = rows[examples.has_image[rows] & examples.has_text[rows]][:_COMPARED_ROWS]
     if len(both) < 2:
         return {}
     there = np.ones(len(both), bool)

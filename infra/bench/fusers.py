@@ -10,7 +10,7 @@ pair of these occurs in training, neither the fuser's nor the model's.
 complementary   the picture blurred, of the caption what is left without colour, shape and size
 reliability     of each row: a grey, blurred picture and a good caption; as above; a good picture and a caption of
                 another scene. Good: hardly blurred; all but the size
-missing         as complementary, with a quarter of the pictures and a quarter of the captions missing (not both)
+missing         as complementary, with a quarter of the pictures and a quarter of the captions missing
 
 `sum` is that with equal weights, `tuned sum` that of the best weight on validation rows. `over the sum` and `over
 single` are differences of R@1 in points, with the 95 % interval of a paired bootstrap over the queries of all draws.
@@ -42,10 +42,12 @@ from schemas.feature_table import TableSpec
 from schemas.fuser import TrainJob
 
 Floats = npt.NDArray[Any]
-View = Callable[[Scene, Scene, np.random.Generator], tuple[Image.Image | None, str]]  # of a scene, beside another
+View = Callable[[Scene, Scene, np.random.Generator], tuple[Image.Image, str]]  # of a scene, beside another
 
 GALLERY = 1000
 BLUR_PIXELS, SLIGHT_BLUR_PIXELS, NOISE = 6.0, 1.5, 10.0
+MISSING = 0.25
+SIDES = ("image", "text")
 LEFT_OUT = frozenset({"colour", "shape", "size"})
 TUNING_PAIRS = frozenset({(SHAPES[i], COLOURS[(i + step) % 8]) for i, step in enumerate((3, 4, 5, 6, 1, 0, 7, 2)[:6])})
 COLUMNS = ("setting", "system", "R@1", "by draw", "R@5", "R@10", "over the sum", "over single", "s", "epochs")
@@ -96,40 +98,50 @@ def reliability(scene: Scene, other: Scene, rng: np.random.Generator) -> tuple[I
     return picture, scenes.caption(other, rng).text
 
 
-def missing(scene: Scene, other: Scene, rng: np.random.Generator) -> tuple[Image.Image | None, str]:
-    """As complementary; a row that would lose both keeps its caption and is drawn again."""
-    picture, text = complementary(scene, other, rng)
-    while True:
-        no_image, no_text = rng.random(2) < 0.25
-        if not (no_image and no_text):
-            return None if no_image else picture, "" if no_text else text
-
-
-SETTINGS: dict[str, View] = {"complementary": complementary, "reliability": reliability, "missing": missing}
+VIEWS: dict[str, View] = {
+    "whole": whole,
+    "complementary": complementary,
+    "reliability": reliability,
+}
+SETTINGS = ("complementary", "reliability", "missing")
 
 
 # --- tables
 
 
-def write_table(place: Path, found: Sequence[Scene], view: View, model: towers.Towers, seed: tuple[int, ...]) -> Table:
+def write_views(place: Path, found: Sequence[Scene], view: View, model: towers.Towers, seed: Sequence[int]) -> Table:
     """The scenes' pictures and captions, as this view gives them, embedded; a table that stands is taken as it is."""
-    if (place / "manifest").is_dir():
-        return Table.open(str(place))
-    rng = np.random.default_rng(seed)
-    views = [view(scene, found[int(rng.integers(len(found)))], rng) for scene in found]
-    dim = model.spec.embedding_dim
-    image, text = np.zeros((len(views), dim), np.float32), np.zeros((len(views), dim), np.float32)
-    seen = np.flatnonzero([picture is not None for picture, _ in views])
-    for some in np.array_split(seen, -(-len(seen) // 256)):
-        image[some] = model.embed_images(np.stack([np.asarray(views[row][0]) for row in some]))
-    said = np.flatnonzero([bool(words) for _, words in views])
-    text[said] = model.embed_texts([views[row][1] for row in said])
-    digests = [hashlib.sha256(vector.tobytes()).digest() for vector in image]
-    spec = table.claim(str(place), TableSpec(model.spec))
-    keys = [f"{row:06d}" for row in range(len(views))]
-    columns = {"caption": pa.array([words for _, words in views]), "sha256": pa.array(digests, pa.binary(32))}
-    write_unit(place, spec, 0, keys, image, text, **columns)
+    if not (place / "manifest").is_dir():
+        rng = np.random.default_rng(seed)
+        views = [view(scene, found[int(rng.integers(len(found)))], rng) for scene in found]
+        pixels = np.stack([np.asarray(picture) for picture, _ in views])
+        image = np.concatenate([model.embed_images(pixels[row : row + 256]) for row in range(0, len(pixels), 256)])
+        captions = [words for _, words in views]
+        write_table(place, image, model.embed_texts(captions), captions, TableSpec(model.spec))
     return Table.open(str(place))
+
+
+def write_missing(place: Path, views: Table, seed: Sequence[int]) -> Table:
+    """The views, a quarter without a picture, a quarter without a caption; none without both, which is no row."""
+    if not (place / "manifest").is_dir():
+        rng = np.random.default_rng(seed)
+        lost = rng.random((views.num_rows, 2)) < MISSING
+        while (none := lost.all(axis=1)).any():
+            lost[none] = rng.random((int(none.sum()), 2)) < MISSING
+        columns = [np.concatenate([some for _, some, _ in views.vectors(f"{side}_embedding")]) for side in SIDES]
+        image, text = (np.where(lost[:, [i]], 0, vectors) for i, vectors in enumerate(columns))
+        write_table(place, image, text, [""] * len(image), views.spec)
+    return Table.open(str(place))
+
+
+def write_table(place: Path, image: Floats, text: Floats, captions: Sequence[str], spec: TableSpec) -> None:
+    """A table of these vectors; every picture is another."""
+    columns = {
+        "caption": pa.array(captions, pa.string()),
+        "sha256": pa.array([hashlib.sha256(vector.tobytes()).digest() for vector in image], pa.binary(32)),
+    }
+    keys = [f"{row:06d}" for row in range(len(image))]
+    write_unit(place, table.claim(str(place), spec), 0, keys, image, text, **columns)
 
 
 class World:
@@ -144,14 +156,15 @@ class World:
             "train": some_scenes(rng, count, allowed, distinct=False),
             "test": some_scenes(rng, GALLERY, unseen, distinct=True),
         }
+        home = cache / "fusers" / f"{'tuning-' if tuning else ''}{draw}-{count}"
         self._tables = {}
         for part, found in drawn.items():
-            for number, (name, view) in enumerate({"whole": whole, **SETTINGS}.items()):
-                place = cache / "fusers" / f"{'tuning-' if tuning else ''}{draw}-{count}" / f"{part}-{name}"
+            for number, (name, view) in enumerate([*VIEWS.items(), ("again", whole)][: 3 + (part == "test")]):
                 seed = (draw, number, part == "test", tuning)
-                self._tables[part, name] = write_table(place, found, view, model, seed)
-        again = cache / "fusers" / f"{'tuning-' if tuning else ''}{draw}-{count}" / "test-again"
-        self._tables["test", "again"] = write_table(again, drawn["test"], whole, model, (draw, 99, tuning))
+                self._tables[part, name] = write_views(home / f"{part}-{name}", found, view, model, seed)
+            seed = (draw, 99, part == "test", tuning)
+            views = self._tables[part, "complementary"]
+            self._tables[part, "missing"] = write_missing(home / f"{part}-missing", views, seed)
 
     def train(self, kind: str, setting: str, job: TrainJob) -> training.Trained:
         """A fuser of this kind, as `fusion train` gives it."""
