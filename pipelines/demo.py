@@ -69,10 +69,10 @@ def _learning(folder: Path, pairs: int, the_table: str) -> list[list[str]]:
         views.append(str(folder / f"views-table-{drawing}"))
         inputs = f"{folder}/views-{drawing}/*.tar"
         commands.append(["embed", "--input", inputs, "--output", views[-1], "--model", towers.DEMO])
-    for kind in _FUSERS:
-        commands.append(
-            ["train", the_table, "--views", *views, "--fuser", kind, "--output", str(folder / "fusers" / kind)]
-        )
+    commands += [
+        ["train", the_table, "--views", *views, "--fuser", kind, "--output", str(folder / "fusers" / kind)]
+        for kind in _FUSERS
+    ]
     return commands
 
 
