@@ -16,7 +16,7 @@ missing         as complementary, with a quarter of the pictures missing, and of
 single` are differences of R@1 in points, with the 95 % interval of a paired bootstrap over the queries of all draws.
 `whole` is what the fused query could reach were nothing degraded: the clean picture, drawn anew.
 
-Fusers were tuned with `--tuning`: other draws, and unseen pairs that are not those of the figures.
+What is to be chosen is chosen with `--tuning`, never by the figures: other unseen pairs, which the model has seen.
 """
 
 import argparse
