@@ -227,8 +227,8 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
     mismatched = np.einsum("nd,nd->n", image[other[0]], text[other[1]])
     few = np.sort(rng.permutation(len(pairs))[:_GEOMETRY_PAIRS])
     x, y = image[few], text[few]
-    mmd2, chance, p = metrics.mmd2(x, y, seed=seed)
-    coral, relative = metrics.coral(x, y)
+    mmd2, chance, p = metrics.mmd2_and_chance(x, y, seed=seed)
+    first, second = x.astype(np.float64), y.astype(np.float64)
     accuracy, jsd = _told_apart(x, y, rows.groups[pairs][few], seed)
     axes = _axes(x, y)
     return Geometry(
@@ -242,8 +242,8 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
         mmd2=mmd2,
         mmd2_chance=chance,
         mmd2_p=p,
-        coral=coral,
-        coral_relative=relative,
+        coral=float(metrics.coral(first, second)),
+        coral_relative=float(metrics.relative_coral(first, second)),
         jsd_bits=jsd,
         told_apart=accuracy,
         histogram=_histogram(matching, mismatched),
@@ -261,7 +261,9 @@ def _mismatched(groups: Ids, captions: Ids, rng: np.random.Generator) -> tuple[I
 
 
 def _told_apart(x: Floats, y: Floats, groups: Ids, seed: int) -> tuple[float | None, float | None]:
-    """How well a linear classifier tells x from y on groups held out: accuracy, and bits of JSD that prove."""
+    """How well a linear classifier tells x from y on groups held out: accuracy, and at least how many bits of JSD
+    lie between the two distributions for that.
+    """
     held = np.isin(groups, np.random.default_rng(seed).permutation(np.unique(groups))[: len(np.unique(groups)) // 2])
     if not (held.any() and (~held).any()):
         return None, None

@@ -1,5 +1,7 @@
 """What fusers are trained by, in PyTorch: contrastive losses, and distances between two sets of vectors.
 
+Of the distances, `metrics` has CORAL, for tensors too.
+
 Vectors are float [n, D] of unit length unless said otherwise; every loss is a scalar.
 """
 
@@ -8,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fusion_core import metrics
 
 LARGEST_SCALE = 100.0
 
@@ -45,40 +49,22 @@ def _off_diagonal(same: Tensor) -> Tensor:
     return same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
 
 
-def coral(x: Tensor, y: Tensor) -> Tensor:
-    """|C_x - C_y|² / 4 D²: how far apart the covariances are (D-CORAL). 0 for translated copies."""
-    return (_covariance(x) - _covariance(y)).square().sum() / (4 * x.shape[1] ** 2)
-
-
-def relative_coral(x: Tensor, y: Tensor) -> Tensor:
-    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7."""
-    distance: Tensor = (_covariance(x) - _covariance(y)).norm() / _covariance(x).norm()
-    return distance
-
-
-def _covariance(x: Tensor) -> Tensor:
-    centred = x - x.mean(dim=0)
-    return centred.T @ centred / max(1, len(x) - 1)
-
-
-def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased squared maximum mean discrepancy by a Gaussian kernel as wide as the pooled median distance.
-
-    About 0, below it too, for two samples of one distribution. Needs two rows of each, as many of both.
-    """
-    n, both = len(x), torch.cat([x, y])
+def mmd2(x: Tensor, y: Tensor) -> Tensor:
+    """`metrics.mmd2` of tensors; the kernel's width is taken as given, not differentiated."""
+    both = torch.cat([x, y])
     squares = (both.square().sum(1)[:, None] + both.square().sum(1)[None] - 2 * both @ both.T).clamp_min(0)
-    off = ~torch.eye(2 * n, dtype=torch.bool, device=x.device)
+    off = ~torch.eye(len(both), dtype=torch.bool, device=x.device)
     median = squares.detach()[off].median().clamp_min(1e-12)
-    kernel = torch.exp(-squares / (2 * median)) * off
-    within = (kernel[:n, :n].sum() + kernel[n:, n:].sum()) / (n * (n - 1))
-    return within - 2 * kernel[:n, n:].mean()
+    first = torch.cat([x.new_ones(len(x)), x.new_zeros(len(y))])
+    found: Tensor = metrics.unbiased_mmd2(torch.exp(-squares / (2 * median)) * off, first)
+    return found
 
 
-def jsd(x: Tensor, y: Tensor, anchors: Tensor, scale: float = 20.0) -> Tensor:
+def neighbour_jsd(x: Tensor, y: Tensor, anchors: Tensor, scale: float = 20.0) -> Tensor:
     """Mean Jensen–Shannon divergence, in bits (0 to 1), of what x_i and y_i find among the anchors.
 
-    What a vector finds is the softmax of its scaled cosines to the anchors [m, D].
+    What a vector finds is the softmax of its scaled cosines to the anchors [m, D]. This compares pairs; how far the
+    two sets of vectors can be told apart, whatever belongs together, is another divergence (`fusion eval` bounds it).
     """
     p, q = (functional.log_softmax(scale * vectors @ anchors.T, dim=1) for vectors in (x, y))
     middle = torch.logaddexp(p, q) - math.log(2)

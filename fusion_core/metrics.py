@@ -225,33 +225,64 @@ def uniformity(x: Floats) -> float:
     return float(np.log(np.exp(-2 * squares).mean()))
 
 
-def coral(x: Floats, y: Floats) -> tuple[float, float]:
-    """|Cx - Cy|² / 4D², as CORAL's loss, and |Cx - Cy| / |Cx|, of the covariances (Frobenius norms)."""
-    first, second = (np.cov(np.asarray(z, np.float64), rowvar=False) for z in (x, y))
-    difference = float(np.linalg.norm(first - second))
-    return difference**2 / (4 * x.shape[1] ** 2), difference / max(float(np.linalg.norm(first)), 1e-300)
+def coral(x: Any, y: Any) -> Any:
+    """|C_x - C_y|² / 4D², as CORAL's loss, of the covariances (Frobenius norms). 0 for translated copies.
+
+    This, `relative_coral` and `unbiased_mmd2` take arrays of numpy and of torch, and can be differentiated there.
+    """
+    return ((_covariance(x) - _covariance(y)) ** 2).sum() / (4 * x.shape[1] ** 2)
 
 
-def mmd2(x: Floats, y: Floats, permutations: int = 200, seed: int = 0) -> tuple[float, float, float]:
-    """Unbiased MMD² under an RBF kernel of the pooled median distance; the 95th percentile of random splits; p."""
-    pooled = np.concatenate([x, y]).astype(np.float64)
-    squares = _squares(pooled, pooled)
-    middle = float(np.median(squares[np.triu_indices(len(pooled), 1)]))
-    kernel = np.exp(-squares / max(2 * middle, 1e-300))
-    np.fill_diagonal(kernel, 0)
-    ours = np.arange(len(pooled)) < len(x)
-    value = _mmd2(kernel, ours)
+def relative_coral(x: Any, y: Any) -> Any:
+    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7."""
+    first = _covariance(x)
+    return (((first - _covariance(y)) ** 2).sum() / (first**2).sum()) ** 0.5
+
+
+def _covariance(x: Any) -> Any:
+    centred = x - x.mean(0)
+    return centred.T @ centred / max(1, len(x) - 1)
+
+
+def mmd2(x: Floats | Doubles, y: Floats | Doubles) -> float:
+    """The unbiased squared maximum mean discrepancy under a Gaussian kernel as wide as the pooled median distance.
+
+    About 0, below it too, for two samples of one distribution. Needs two rows of each.
+    """
+    return float(unbiased_mmd2(_kernel(x, y), _firsts(x, y)))
+
+
+def mmd2_and_chance(
+    x: Floats | Doubles, y: Floats | Doubles, permutations: int = 200, seed: int = 0
+) -> tuple[float, float, float]:
+    """`mmd2`; the 95th percentile of random splits of the same vectors; the share of these that are as far apart."""
+    kernel, ours = _kernel(x, y), _firsts(x, y)
+    value = float(unbiased_mmd2(kernel, ours))
     rng = np.random.default_rng(seed)
-    chance = np.array([_mmd2(kernel, rng.permutation(ours)) for _ in range(permutations)])
+    chance = np.array([unbiased_mmd2(kernel, rng.permutation(ours)) for _ in range(permutations)])
     return value, float(np.percentile(chance, 95)), float((1 + (chance >= value).sum()) / (1 + permutations))
 
 
-def _mmd2(kernel: Doubles, first: npt.NDArray[np.bool_]) -> float:
-    """Of a kernel matrix with a zero diagonal and which rows are of the first set."""
-    a, b = first.astype(np.float64), 1.0 - first
-    n, m = a.sum(), b.sum()
-    to_a, to_b = kernel @ a, kernel @ b
-    return float(a @ to_a / (n * (n - 1)) + b @ to_b / (m * (m - 1)) - 2 * (a @ to_b) / (n * m))
+def unbiased_mmd2(kernel: Any, first: Any) -> Any:
+    """MMD² of a kernel matrix [n, n] with a diagonal of zeros; `first` [n]: 1 for rows of one set, else 0."""
+    second = 1 - first
+    n, m = first.sum(), second.sum()
+    to_first, to_second = kernel @ first, kernel @ second
+    within = first @ to_first / (n * (n - 1)) + second @ to_second / (m * (m - 1))
+    return within - 2 * (first @ to_second) / (n * m)
+
+
+def _kernel(x: Floats | Doubles, y: Floats | Doubles) -> Doubles:
+    pooled = np.concatenate([x, y]).astype(np.float64)
+    squares = _squares(pooled, pooled)
+    median = float(np.median(squares[np.triu_indices(len(pooled), 1)]))
+    kernel: Doubles = np.exp(-squares / max(2 * median, 1e-300))
+    np.fill_diagonal(kernel, 0)
+    return kernel
+
+
+def _firsts(x: Floats | Doubles, y: Floats | Doubles) -> Doubles:
+    return np.repeat([1.0, 0.0], [len(x), len(y)])
 
 
 def _squares(x: Floats | Doubles, y: Floats | Doubles) -> Doubles:

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from fusion_core import decisions, files, fusers
+from fusion_core import decisions, files, fusers, metrics
 from fusion_core.examples import TEST, TRAIN, VALIDATION, Bools, Examples, Floats, Ids, TrainError, gather
 from fusion_core.table import Table
 from schemas import records
@@ -22,10 +23,11 @@ from schemas.fuser import FuserRecord, TrainJob
 
 LEAST_ROWS = 50  # for each of training, validation and test
 
-_EPOCHS, _STEPS = 25, 1_000  # of a training that is not told how many: what a table of 20,000 rows has in 25
+_EPOCHS, _STEPS = 25, 500  # of a training that is not told how many: what a table of 10,000 rows has in 25
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
+_COMPARED_ROWS = 1_000  # at most, of each modality, whose distances are reported: every row is compared with every row
 _RESAMPLES = 2_000
 _KS = (1, 5, 10)
 _WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -43,7 +45,7 @@ class Report:
     best_single: str
     tuned_sum: str
     differences: dict[str, tuple[float, float, float]]  # of the measure, fuser minus each: mean and 95 % interval
-    distances: dict[str, float]  # between the modalities: CORAL, MMD, JSD
+    distances: dict[str, float]  # between the modalities: CORAL, MMD², the JSD of what they find
 
     @property
     def measure(self) -> str:
@@ -365,9 +367,7 @@ class _Objective:
         targets = None
         if examples.contrastive:
             targets = self._targets(net, own)
-            groups = examples.group[own].astype(np.int64)
-            codes = [np.unique(groups, return_inverse=True)[1], examples.caption[own]]
-            same = losses.same_content(*(torch.from_numpy(code).to(self._device) for code in codes))
+            same = self._same(own)
             scale = self._log_scale.exp().clamp(max=losses.LARGEST_SCALE)
             if job.loss == "siglip":
                 total = total + losses.siglip(fused, targets, scale, self._bias, same)
@@ -378,6 +378,19 @@ class _Objective:
         if job.coral or job.mmd or job.jsd:
             total = total + self._regularised(net, image, text, has[0] & has[1], targets)
         return total
+
+    def _same(self, own: Ids) -> Any:
+        """Which pairs of these rows are no negatives of each other, bool [n, n]; None where there are none."""
+        import torch
+
+        from fusion_core import losses
+
+        caption = self._examples.caption[own]
+        codes = [np.unique(self._examples.group[own], return_inverse=True)[1], caption]
+        said = caption[caption >= 0]
+        if len(np.unique(codes[0])) == len(own) and len(np.unique(said)) == len(said):
+            return None
+        return losses.same_content(*(torch.from_numpy(code).to(self._device) for code in codes))
 
     def _label_loss(self, fused: Any, own: Ids) -> Any:
         import torch
@@ -404,7 +417,8 @@ class _Objective:
         y, _ = net(image[rows], text[rows], absent, there)
         anchors = (targets if targets is not None else torch.cat([x, y])).detach()
         job = self._job
-        return job.coral * losses.coral(x, y) + job.mmd * losses.mmd(x, y) + job.jsd * losses.jsd(x, y, anchors)
+        apart = job.coral * metrics.coral(x, y) + job.mmd * losses.mmd2(x, y)
+        return apart + job.jsd * losses.neighbour_jsd(x, y, anchors)
 
     def _targets(self, net: Any, own: Ids) -> Any:
         """What queries are to find: the column's vectors; through the fuser, too, where that has a space of its own."""
@@ -467,26 +481,34 @@ def _gallery(examples: Examples, rows: Ids) -> tuple[Ids, Ids]:
     return own[first], place.astype(np.int64)
 
 
+def retrieved(examples: Examples, rows: Ids, system: fusers.Fuser | str, target: str) -> Ids:
+    """The rank, from 1, of what each of these examples is to find, among what all of them are to find.
+
+    `system`: a fuser, or the side that asks alone; `target`: the column that is searched, "image" or "text".
+    """
+    gallery, own = _gallery(examples, rows)
+    targets = fusers.normalize(examples.targets[gallery])
+    if isinstance(system, str):
+        has = getattr(examples, f"has_{system}")[rows]
+        return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, system)[rows]), 0), targets, own)
+    if system.spec.space == "own":
+        there = np.ones(len(gallery), bool)
+        flags = (there, ~there) if target == "image" else (~there, there)
+        targets, _ = system.fuse(targets, targets, *flags)
+    return ranks(_fused(examples, rows, system), targets, own)
+
+
 def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fusers.Fuser, job: TrainJob) -> Report:
     """Each system's queries against the same gallery of whole rows, one for each content."""
 
-    def found(rows: Ids, system: fusers.Fuser | None, side: str = "") -> Ids:
-        gallery, own = _gallery(examples, rows)
-        targets = fusers.normalize(examples.targets[gallery])
-        if system is None:
-            has = getattr(examples, f"has_{side}")[rows]
-            return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, side)[rows]), 0), targets, own)
-        if system.spec.space == "own":
-            there = np.ones(len(gallery), bool)
-            flags = (there, ~there) if job.target == "image" else (~there, there)
-            targets, _ = system.fuse(targets, targets, *flags)
-        return ranks(_fused(examples, rows, system), targets, own)
+    def found(rows: Ids, system: fusers.Fuser | str) -> Ids:
+        return retrieved(examples, rows, system, job.target)
 
-    sums = {weight: _sum(weight, examples.dim) for weight in _WEIGHTS}
+    sums = {weight: weighted_sum(weight, examples.dim) for weight in _WEIGHTS}
     tuned = max(_WEIGHTS, key=lambda weight: (1 / found(validation, sums[weight])).mean())
-    single = max(_SIDES, key=lambda side: (1 / found(validation, None, side)).mean())
+    single = max(_SIDES, key=lambda side: (1 / found(validation, side)).mean())
     sum_name = f"weighted sum, image {tuned:g}"
-    by_system = {f"{side} only": found(test, None, side) for side in _SIDES}
+    by_system = {f"{side} only": found(test, side) for side in _SIDES}
     by_system |= {sum_name: found(test, sums[tuned]), job.kind: found(test, fuser)}
     figures = {
         name: {**{f"R@{k}": float((place <= k).mean()) for k in _KS}, "MRR": float((1 / place).mean())}
@@ -520,7 +542,8 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
 
     singles = {side: probed(side_only(side)) for side in _SIDES}
-    sums = {w: probed(lambda rows, w=w: _fused(examples, rows, _sum(w, examples.dim))) for w in (0.25, 0.5, 0.75)}  # type: ignore[misc]
+    halves = [weighted_sum(w, examples.dim) for w in (0.25, 0.5, 0.75)]
+    sums = {half.spec.params["image"]: probed(partial(_fused, examples, system=half)) for half in halves}
     sums |= {1.0: singles["image"], 0.0: singles["text"]}
     tuned = max(sums, key=lambda weight: accuracy(sums[weight][0], VALIDATION).mean())
     mixes = {
@@ -566,7 +589,7 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
 
     from fusion_core import losses
 
-    both = rows[examples.has_image[rows] & examples.has_text[rows]][:_WATCHED_ROWS]
+    both = rows[examples.has_image[rows] & examples.has_text[rows]][:_COMPARED_ROWS]
     if len(both) < 2:
         return {}
     there = np.ones(len(both), bool)
@@ -577,9 +600,10 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
     }
     found: dict[str, float] = {}
     for name, arrays in pairs.items():
-        x, y = (torch.from_numpy(array).double() for array in arrays)
-        measured = {"CORAL": losses.coral(x, y), "relative CORAL": losses.relative_coral(x, y)}
-        measured |= {"MMD": losses.mmd(x, y), "JSD": losses.jsd(x, y, torch.cat([x, y]))}
+        x, y = (array.astype(np.float64) for array in arrays)
+        measured = {"CORAL": metrics.coral(x, y), "relative CORAL": metrics.relative_coral(x, y)}
+        tensors = torch.from_numpy(x), torch.from_numpy(y)
+        measured |= {"MMD²": metrics.mmd2(x, y), "neighbours' JSD": losses.neighbour_jsd(*tensors, torch.cat(tensors))}
         found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in measured.items()}
     return found
 
@@ -589,7 +613,8 @@ def _fused(examples: Examples, rows: Ids, system: fusers.Fuser) -> Floats:
     return system.fuse(*slots)[0]
 
 
-def _sum(weight: float, dim: int) -> fusers.Fuser:
+def weighted_sum(weight: float, dim: int) -> fusers.Fuser:
+    """The fuser of this share of the image."""
     return fusers.create("weighted_sum", {"image": weight, "text": 1 - weight}, dim)
 
 

@@ -19,6 +19,7 @@ _SEED = 7
 _TEXTS = ("two large red stars on a white background", "a small blue ring left of a yellow square")
 _CHANGE = "green"  # what the third search asks of its picture
 _FUSERS = ("combiner", "attention")
+_DRAWINGS = 2  # of each scene, degraded: one leaves too few queries to tell how much better a fuser is
 _LEAST_PAIRS = 800  # of which a tenth is to tell when training has done enough
 
 
@@ -59,16 +60,20 @@ def run(output: str, pairs: int) -> int:
 
 def _learning(folder: Path, pairs: int, the_table: str) -> list[list[str]]:
     """The commands that train fusers to find the scenes from pictures and captions of which half are degraded."""
-    print("drawing them again, half of the pictures blurred and half of the captions without colours")
-    shards.write_views(folder / "views", pairs, _PER_SHARD, _SEED)
-    views = str(folder / "views-table")
-    return [
-        ["embed", "--input", f"{folder}/views/*.tar", "--output", views, "--model", towers.DEMO],
-        *(
-            ["train", the_table, "--views", views, "--fuser", kind, "--output", str(folder / "fusers" / kind)]
-            for kind in _FUSERS
-        ),
+    print(
+        f"drawing them {_DRAWINGS} times again, half of the pictures blurred and half of the captions without colours"
+    )
+    commands, views = [], []
+    for drawing in range(1, _DRAWINGS + 1):
+        shards.write_views(folder / f"views-{drawing}", pairs, _PER_SHARD, _SEED, drawing=drawing)
+        views.append(str(folder / f"views-table-{drawing}"))
+        inputs = f"{folder}/views-{drawing}/*.tar"
+        commands.append(["embed", "--input", inputs, "--output", views[-1], "--model", towers.DEMO])
+    commands += [
+        ["train", the_table, "--views", *views, "--fuser", kind, "--output", str(folder / "fusers" / kind)]
+        for kind in _FUSERS
     ]
+    return commands
 
 
 def _record(folder: Path, kind: str) -> FuserRecord:

@@ -209,13 +209,18 @@ def _unit(text: str) -> float:
 
 
 def _check_columns(path: str, spec: JobSpec) -> None:
-    fused = spec.fuse is not None or any(word.startswith("--fuser=") for word in spec.embed)
+    fused = any(word.startswith("--fuser=") for word in spec.embed)
+    if spec.fuse is not None:
+        fuse = options.build().parse_known_args(["fuse", "x", "--output=x", *spec.fuse])[0]
+        fused = bool(fuse.fuser)
+        if not (fuse.fuser or fuse.text_model):
+            raise BadJob(f"{path}: [fuse] has nothing to do: name a `fuser`, a `text-model` or both")
     for step in spec.indexes:
         column = options.build().parse_known_args(["index", "x", "--output=x", *step.options])[0].column
         if column not in EMBEDDINGS:
             raise BadJob(f"{path}: [[index]] column = {_shown(column)}: it must be one of {', '.join(EMBEDDINGS)}")
         if column == "fused_embedding" and not fused:
-            raise BadJob(f"{path}: [[index]] column = {_shown(column)}: add a section [fuse], or `fuser` to [embed]")
+            raise BadJob(f"{path}: [[index]] column = {_shown(column)}: add `fuser` to a section [fuse], or to [embed]")
 
 
 def check_places(path: str, spec: JobSpec) -> None:

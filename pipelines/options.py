@@ -13,7 +13,7 @@ from schemas.index import META
 _DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
 _TRAIN_DEFAULTS = {item.name: item.default for item in fields(TrainJob)}
 _TRAINING = {
-    "epochs": "passes over the rows, at most; 0 is 25, or as many as make 1,000 steps",
+    "epochs": "passes over the rows, at most; 0 is 25, or as many as make 500 steps",
     "patience": "passes without a better validation after which to stop; 0 is a quarter of all",
     "batch_rows": "rows in a batch",
     "learning_rate": "of AdamW, falling to 0 by a cosine",
@@ -23,7 +23,7 @@ _TRAINING = {
     "logit_adjustment": "for rare labels: times the log of a label's share, 1 is usual",
     "coral": "weight of this distance between modalities as a regulariser",
     "mmd": "weight of this distance between modalities as a regulariser",
-    "jsd": "weight of this distance between modalities as a regulariser",
+    "jsd": "weight of the divergence of what the modalities find, as a regulariser",
     "max_rows": "rows of TABLE that are used, drawn in row groups",
     "seed": "of the split, the sample, the order and the start",
 }

@@ -76,7 +76,7 @@ class Geometry:
     mmd2_p: float
     coral: float  # |C_image - C_text|² / 4D²
     coral_relative: float  # |C_image - C_text| / |C_image|
-    jsd_bits: float | None  # at least so much, from how well a linear classifier tells image from text
+    jsd_bits: float | None  # of the two distributions, at least: from how well a linear classifier tells them apart
     told_apart: float | None  # that classifier's accuracy on pairs held out
     histogram: Histogram
     projection_image: tuple[tuple[float, float], ...]  # on the two main axes of both together, pair by pair

@@ -69,25 +69,34 @@ def write_shards(directory: Path, pairs: int, per_shard: int, seed: int, broken:
 
 
 def write_views(
-    directory: Path, pairs: int, per_shard: int, seed: int, blurred: float = 0.5, colourless: float = 0.5
+    directory: Path,
+    pairs: int,
+    per_shard: int,
+    seed: int,
+    blurred: float = 0.5,
+    colourless: float = 0.5,
+    drawing: int = 1,
 ) -> list[Path]:
     """The paths of shards with degraded views of the good samples that `write_shards` writes, under the same keys.
 
     Every scene is drawn and described anew; a share `blurred` of the pictures shows no shapes and patterns any more,
-    but much of the colours, and a share `colourless` of the captions does not name colours.
+    but much of the colours, and a share `colourless` of the captions does not name colours. Another `drawing` draws and
+    describes the same scenes differently.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard, start in enumerate(range(0, pairs, per_shard)):
         paths.append(directory / f"{shard:05d}.tar")
         numbers = range(start, min(start + per_shard, pairs))
-        _write_tar(paths[-1], [(f"{i:09d}", _view(f"{i:09d}", seed, i, blurred, colourless)) for i in numbers])
+        _write_tar(
+            paths[-1], [(f"{i:09d}", _view(f"{i:09d}", (seed, i, drawing), blurred, colourless)) for i in numbers]
+        )
     return paths
 
 
-def _view(key: str, seed: int, number: int, blurred: float, colourless: float) -> Members:
-    scene = sample_scene(np.random.default_rng((seed, number)), held_out=None)
-    rng = np.random.default_rng((seed, number, 1))
+def _view(key: str, seed: tuple[int, int, int], blurred: float, colourless: float) -> Members:
+    scene = sample_scene(np.random.default_rng(seed[:2]), held_out=None)
+    rng = np.random.default_rng(seed)
     image = render(scene, rng)
     if rng.random() < blurred:
         image = image.filter(ImageFilter.GaussianBlur(BLUR_PIXELS))

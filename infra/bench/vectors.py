@@ -4,6 +4,7 @@ A pair shares a meaning (a point of a mixture in `latent` dimensions of falling 
 its own and a constant offset. Rows are made unit by unit, so that a table of any size costs the memory of one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +49,36 @@ class World:
         return found[0], found[1]
 
 
+def write_unit(
+    place: Path, spec: TableSpec, number: int, keys: Sequence[str], image: Floats, text: Floats, **columns: pa.Array
+) -> None:
+    """A unit of a table: vectors [n, D], of zeros where a modality is absent; `columns` beside what they need."""
+    schema, n = features_schema(spec), len(keys)
+    given = {field.name: pa.nulls(n, field.type) for field in schema}
+    unit = Unit(_name(number), "tar", f"/data/{number:06d}.tar", InputIdentity(1, 1))
+    given |= {"key": pa.array(keys), "shard": pa.array([unit.shard] * n), "row": pa.array(np.arange(n))} | columns
+    for side, matrix in (("image", image), ("text", text)):
+        given[f"has_{side}"] = pa.array(matrix.any(axis=1))
+        name = f"{side}_embedding"
+        given[name] = table.to_arrow(matrix.astype(np.float16), schema.field(name).type)
+    with table.UnitWriter(str(place), spec, unit) as writer:
+        writer.write(pa.record_batch([given[name] for name in schema.names], schema=schema))
+        writer.commit()
+
+
+def _name(number: int) -> str:
+    return f"unit-{number:06d}"
+
+
 def write_table(place: Path, rows: int, dim: int = 512, unit_rows: int = UNIT_ROWS) -> table.Table:
     """A table of so many pairs at `place`; the units that stand there, of as many rows, are taken as they are."""
     tower = TowerSpec("synthetic", "", "c", "w", dim, "fp32", Preprocess(32, 32, (0.5,) * 3, (0.5,) * 3))
     spec, world = table.claim(str(place), TableSpec(tower)), World(dim)
-    schema, standing = features_schema(spec), table.read_manifest(str(place)).by_unit
+    standing = table.read_manifest(str(place)).by_unit
     for number, start in enumerate(range(0, rows, unit_rows)):
         n = min(unit_rows, rows - start)
-        unit = Unit(f"unit-{number:06d}", "tar", f"/data/{number:06d}.tar", InputIdentity(1, 1))
-        if unit.id in standing:
-            continue
-        columns = {field.name: pa.nulls(n, field.type) for field in schema}
-        columns |= {
-            "key": pa.array([f"{start + row}" for row in range(n)]),
-            "shard": pa.array([unit.shard] * n),
-            "row": pa.array(np.arange(n)),
-            "has_image": pa.array(np.ones(n, bool)),
-            "has_text": pa.array(np.ones(n, bool)),
-        }
-        for name, matrix in zip(("image", "text"), world.pairs(n, number + 1), strict=True):
-            name = f"{name}_embedding"
-            columns[name] = table.to_arrow(matrix.astype(np.float16), schema.field(name).type)
-        with table.UnitWriter(str(place), spec, unit) as writer:
-            writer.write(pa.record_batch([columns[name] for name in schema.names], schema=schema))
-            writer.commit()
+        if _name(number) not in standing:
+            keys = [str(start + row) for row in range(n)]
+            write_unit(place, spec, number, keys, *world.pairs(n, number + 1))
     table.compact(str(place))
     return table.Table.open(str(place))

@@ -7,7 +7,7 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from fusion_core import losses
+from fusion_core import losses, metrics
 
 N, D = 6, 5
 
@@ -40,11 +40,11 @@ def test_duplicates_are_no_negatives() -> None:
 
 def test_coral_sees_shape_and_not_place() -> None:
     x, y = units(0, 50), units(1, 50) @ torch.diag(torch.tensor([3.0, 1, 1, 1, 1], dtype=torch.float64))
-    assert float(losses.coral(x, x)) == 0
-    assert float(losses.coral(x, x + 7)) == pytest.approx(0, abs=1e-12)
+    assert float(metrics.coral(x, x)) == 0
+    assert float(metrics.coral(x, x + 7)) == pytest.approx(0, abs=1e-12)
     expected = ((torch.cov(x.T) - torch.cov(y.T)) ** 2).sum() / (4 * D * D)
-    assert float(losses.coral(x, y)) == pytest.approx(float(expected), rel=1e-9)
-    assert float(losses.relative_coral(x, y)) > 0
+    assert float(metrics.coral(x, y)) == pytest.approx(float(expected), rel=1e-9)
+    assert float(metrics.relative_coral(x, y)) > 0
 
 
 def test_mmd_is_the_loop_over_pairs() -> None:
@@ -55,7 +55,7 @@ def test_mmd_is_the_loop_over_pairs() -> None:
     kernel = lambda a, b: math.exp(-float(((a - b) ** 2).sum()) / (2 * median))  # noqa: E731
     within = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(N) for j in range(N) if i != j) / (N * (N - 1))
     across = sum(kernel(a, b) for a in x for b in y) / (N * N)
-    assert float(losses.mmd(x, y)) == pytest.approx(within - 2 * across, abs=1e-9)
+    assert float(losses.mmd2(x, y)) == pytest.approx(within - 2 * across, abs=1e-9)
 
 
 def test_mmd_of_one_distribution_is_about_zero_and_of_two_is_not() -> None:
@@ -63,17 +63,19 @@ def test_mmd_of_one_distribution_is_about_zero_and_of_two_is_not() -> None:
     permuted = []
     for seed in range(40):
         order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
-        permuted.append(float(losses.mmd(both[order[:100]], both[order[100:]])))
+        permuted.append(float(losses.mmd2(both[order[:100]], both[order[100:]])))
     assert abs(sum(permuted) / 40) < 1e-3
-    assert float(losses.mmd(both[:100], both[100:] + 0.5)) > 10 * max(map(abs, permuted))
+    assert float(losses.mmd2(both[:100], both[100:] + 0.5)) > 10 * max(map(abs, permuted))
 
 
 def test_jsd_is_nothing_for_equals_and_at_most_one_bit() -> None:
     x, y, anchors = units(0), units(1), units(2, 9)
-    assert float(losses.jsd(x, x, anchors)) == pytest.approx(0, abs=1e-12)
-    assert 0 < float(losses.jsd(x, y, anchors)) < 1
-    assert float(losses.jsd(anchors[:1], anchors[1:2], anchors, scale=1e4)) == pytest.approx(1, abs=1e-6)
-    assert float(losses.jsd(x, y, anchors)) == pytest.approx(float(losses.jsd(y, x, anchors)), abs=1e-12)
+    assert float(losses.neighbour_jsd(x, x, anchors)) == pytest.approx(0, abs=1e-12)
+    assert 0 < float(losses.neighbour_jsd(x, y, anchors)) < 1
+    assert float(losses.neighbour_jsd(anchors[:1], anchors[1:2], anchors, scale=1e4)) == pytest.approx(1, abs=1e-6)
+    assert float(losses.neighbour_jsd(x, y, anchors)) == pytest.approx(
+        float(losses.neighbour_jsd(y, x, anchors)), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["info_nce", "siglip", "coral", "mmd", "jsd"])
@@ -84,15 +86,15 @@ def test_gradients_are_those_of_differences(name: str) -> None:
     calls = {
         "info_nce": lambda x: losses.info_nce(x, y, scale),
         "siglip": lambda x: losses.siglip(x, y, scale, bias),
-        "coral": lambda x: losses.coral(x, y),
-        "jsd": lambda x: losses.jsd(x, y, units(2)),
+        "coral": lambda x: metrics.coral(x, y),
+        "jsd": lambda x: losses.neighbour_jsd(x, y, units(2)),
     }
     if name == "mmd":
-        loss = losses.mmd(x, y)
+        loss = losses.mmd2(x, y)
         loss.backward()
         step = units(4) * 1e-4
         with torch.no_grad():
-            change = float(losses.mmd(x + step, y) - losses.mmd(x - step, y)) / 2
+            change = float(losses.mmd2(x + step, y) - losses.mmd2(x - step, y)) / 2
         assert change == pytest.approx(float((x.grad * step).sum()), abs=2e-5)  # type: ignore[operator]
         return
     assert torch.autograd.gradcheck(calls[name], (x,))

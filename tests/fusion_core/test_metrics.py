@@ -188,10 +188,11 @@ def test_mmd_is_the_double_loops_and_knows_chance() -> None:
     x, y = rng.normal(size=(30, 5)).astype(np.float32), rng.normal(0.8, 1, size=(25, 5)).astype(np.float32)
     pooled = np.concatenate([x, y]).astype(np.float64)
     squares = [((a - b) ** 2).sum() for i, a in enumerate(pooled) for b in pooled[:i]]
-    value, chance, p = metrics.mmd2(x, y)
+    value, chance, p = metrics.mmd2_and_chance(x, y)
+    assert value == metrics.mmd2(x, y)
     assert value == pytest.approx(mmd2_by_loop(x.astype(float), y.astype(float), float(np.median(squares))), abs=1e-12)
     assert value > chance and p < 0.02
-    same, chance, p = metrics.mmd2(
+    same, chance, p = metrics.mmd2_and_chance(
         rng.normal(size=(200, 5)).astype(np.float32), rng.normal(size=(200, 5)).astype(np.float32)
     )
     assert abs(same) < 0.01 and p > 0.01
@@ -200,12 +201,14 @@ def test_mmd_is_the_double_loops_and_knows_chance() -> None:
 def test_coral_alignment_uniformity() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(40, 4)).astype(np.float32), rng.normal(0, 2, size=(50, 4)).astype(np.float32)
-    assert metrics.coral(x, x) == (0.0, 0.0)
-    loss, relative = metrics.coral(x, y)
-    shifted = metrics.coral(x, y + np.float32(3))
-    assert shifted == (pytest.approx(loss, rel=1e-5), pytest.approx(relative, rel=1e-5)), "means do not matter"
+    assert metrics.coral(x, x) == metrics.relative_coral(x, x) == 0
+    loss = metrics.coral(x, y)
+    for measure in (metrics.coral, metrics.relative_coral):
+        assert measure(x, y + np.float32(3)) == pytest.approx(measure(x, y), rel=1e-5), "means do not matter"
     difference = np.cov(x.T.astype(float)) - np.cov(y.T.astype(float))
     assert loss == pytest.approx((difference**2).sum() / (4 * 16))
+    norm = np.linalg.norm(np.cov(x.T.astype(float)))
+    assert metrics.relative_coral(x, y) == pytest.approx(np.linalg.norm(difference) / norm)
     assert metrics.alignment(x, y[:40]) == pytest.approx(
         np.mean([((a - b) ** 2).sum() for a, b in zip(x, y, strict=False)])
     )

@@ -147,6 +147,8 @@ def test_views_have_the_keys_and_scenes_of_the_good_samples(tmp_path: Path) -> N
     assert views.keys() == whole.keys()
     assert all(views[name] == whole[name] for name in whole if name.endswith(".json"))
     assert all(views[name] != whole[name] for name in whole if name.endswith(".jpg"))
+    other = dict(_members(write_views(tmp_path / "other", 120, 50, seed=3, drawing=2)))
+    assert all((other[name] == views[name]) == name.endswith(".json") for name in views if not name.endswith(".txt"))
     words = (*COLOURS, "violet")
     silent = sum(not any(word in views[name].decode() for word in words) for name in views if name.endswith(".txt"))
     blurred = sum(len(views[name]) < 0.9 * len(whole[name]) for name in views if name.endswith(".jpg"))
