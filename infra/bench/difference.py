@@ -25,8 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fusion_core import towers
-from infra.bench import measure, photos
+from infra.bench import measure, models, photos
 from infra.bench.vectors import write_table
 
 SAMPLES, DISTINCT, UNIT_ROWS, DIM = 250, 25, 1000, 512
@@ -51,7 +50,7 @@ def cpu_seconds(argv: Sequence[str], told: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def of_shards(n: int, cache: Path, folder: Path, model: str, tune_seconds: int) -> Costs:
+def of_shards(n: int, cache: Path, folder: Path, model: models.Model, tune_seconds: int) -> Costs:
     """Both commands over `n` shards, over 1 % more, and again."""
     made = photos.write_shards(cache, "small", SAMPLES * DISTINCT, DISTINCT)
     place, told = folder / "shards", folder / "told"
@@ -61,18 +60,7 @@ def of_shards(n: int, cache: Path, folder: Path, model: str, tune_seconds: int) 
         for number in range(len(list(place.iterdir())), total):
             os.link(made[number % DISTINCT], place / f"{number:06d}.tar")
         table = str(folder / "table")
-        embed = [
-            "embed",
-            "--input",
-            f"{place}/*.tar",
-            "--output",
-            table,
-            "--model",
-            model,
-            "--device",
-            "cpu",
-            "--quiet",
-        ]
+        embed = ["embed", "--input", f"{place}/*.tar", "--output", table, *model.options, "--device", "cpu", "--quiet"]
         found["embed"].append(cpu_seconds(embed, told))
         found["index"].append(_index(table, folder, tune_seconds, told))
     found["both"] = [sum(costs) for costs in zip(found["embed"], found["index"], strict=True)]
@@ -118,7 +106,7 @@ def main() -> None:
     parser = measure.arguments("difference", __doc__, repeats=1)
     parser.add_argument("--shards", type=int, nargs="*", default=[50, 200])
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 400_000])
-    parser.add_argument("--model", default=towers.DEMO)
+    parser.add_argument("--model", choices=models.NAMES, default="demo")
     parser.add_argument("--tune-seconds", type=int, default=120)
     parser.add_argument("--share", type=float, default=0.03, help="that a second run may cost (default: %(default)s)")
     parser.add_argument("--told", type=Path, help="keep what the commands said in this folder")
@@ -131,7 +119,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="difference-", dir=args.cache) as name:
                 folder = Path(name)
                 if of == "shards":
-                    costs = of_shards(n, args.cache, folder, args.model, args.tune_seconds)
+                    costs = of_shards(n, args.cache, folder, models.named(args.model, args.cache), args.tune_seconds)
                 else:
                     costs = of_rows(n, args.cache, folder, args.tune_seconds)
                 if args.told:
