@@ -711,9 +711,9 @@ def write_run(place: str, run: RunRecord) -> None:
 
 def read_runs(place: str) -> list[RunRecord]:
     """The runs on a table, oldest first."""
-    entries = files.list_files(files.join(place, "runs"))
+    entries = sorted(files.list_files(files.join(place, "runs")), key=lambda entry: entry.mtime_ns)
     runs = [records.from_json(RunRecord, files.read_bytes(entry.place), entry.place) for entry in entries]
-    return sorted(runs, key=lambda run: run.started_at)
+    return sorted(runs, key=lambda run: run.started_at)  # of those in one second, the order of their files
 
 
 @dataclass(frozen=True)
