@@ -23,7 +23,9 @@ from schemas.fuser import FuserRecord, TrainJob
 
 LEAST_ROWS = 50  # for each of training, validation and test
 
-_EPOCHS, _STEPS = 25, 500  # of a training that is not told how many: what a table of 10,000 rows has in 25
+# Of a training that is not told how many: a table of 10,000 rows has 500 steps in 25 epochs; one of a million would have
+# 34,000, of which the first thousands bring what there is to learn.
+_EPOCHS, _STEPS, _MOST_STEPS = 25, 500, 10_000
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
@@ -282,7 +284,7 @@ def fit(
             lr=job.learning_rate,
         )  # fmt: skip
         batches = max(1, len(train_rows) // job.batch_rows)
-        epochs = job.epochs or max(_EPOCHS, -(-_STEPS // batches))
+        epochs = job.epochs or max(min(_EPOCHS, -(-_MOST_STEPS // batches)), -(-_STEPS // batches))
         patience = job.patience or max(1, epochs // 4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
         rng = np.random.default_rng(job.seed)
