@@ -298,7 +298,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(searcher: Searcher) -> None:
         with socket.create_connection((host, int(port)), timeout=10) as raw:
             raw.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                         b"Content-Length: 50\r\n\r\n{")  # fmt: skip
-            assert raw.recv(100).startswith(b"HTTP/1.1 503")
+            assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_more_requests_than_may_wait_are_sent_away(slow: Slow) -> None:
