@@ -14,7 +14,6 @@ import io
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,7 +41,6 @@ NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 _BLOCK_ROWS = 16_384
 _META_BATCH_ROWS = 65_536
 _TRAIN_BYTES = 4 << 30
-_STALE_SECONDS = 24 * 3600
 _JUDGED_AT_ONCE = 1024
 _LEFT = re.compile(r"(piece|training)-[0-9a-f]{16}\.json")
 _GROWTH = 2  # a table that has grown by more than this is trained on anew
@@ -707,7 +705,7 @@ def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -
                 replaced |= {part.path for part in found.files}
     for entry in files.list_files(place):
         name = entry.place.rpartition("/")[2]
-        stale = time.time() - entry.mtime_ns / 1e9 > _STALE_SECONDS
+        stale = files.is_old(entry.mtime_ns / 1e9)
         ours = index.OWN_FILE.fullmatch(name) and name not in current
         if _LEFT.fullmatch(name) or (ours and (name in replaced or stale)):
             files.remove(entry.place)

@@ -135,6 +135,8 @@ class Connection(H11Protocol):
         if left and self._unread - left >= _LEAST_RATE * self._patience.seconds:
             self._unread = left
             self._give(self._patience.seconds)
+        elif self.cycle is not None and not (self.cycle.response_complete or self.transport.is_closing()):
+            self._give(LINGER_SECONDS)  # the application ends it in its time, which a busy machine may stretch
         elif (
             self.conn.our_state is h11.IDLE
             and self.conn.their_state is h11.IDLE

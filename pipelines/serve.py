@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import re
 import socket
 import time
@@ -45,7 +46,6 @@ MIN_TOKEN_CHARACTERS = 16
 JSON_BYTES = 1 << 20
 PICTURE_THREADS = 8
 _TAIL_BYTES = 512  # of a form, in which its last boundary stands
-_SHUTDOWN_SECONDS = 5
 _LAST_ID = (1 << 63) - 1
 _COOKIE = "fusion_session"
 _WEB = Path(__file__).parent / "web"
@@ -756,7 +756,7 @@ def server(
 ) -> uvicorn.Server:
     """The server of a bound socket, to be `run`; `ready` is told the URL once requests are answered.
 
-    Told to end, it takes no more requests, and answers those in progress within 5 seconds.
+    Told to end, it takes no more requests, and answers those in progress in their time.
     """
     limits = limits or Limits()
     host, port = listening.getsockname()[:2]
@@ -775,6 +775,6 @@ def server(
         access_log=False,
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=math.ceil(limits.seconds),
     )
     return Server(config)
