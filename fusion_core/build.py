@@ -18,7 +18,6 @@ import hashlib
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +45,6 @@ NORM_TOLERANCE = 5e-3  # float16 moves a unit vector's length by less than 1e-3
 
 _BLOCK_ROWS = 16_384
 _TRAIN_BYTES = 4 << 30
-_STALE_SECONDS = 24 * 3600
 _LEFT = re.compile(r"(piece|training)-[0-9a-f]{16}\.json")
 _GROWTH = 2  # a table that has grown by more than this is trained on anew
 _MOST_CUT = 1 / 3  # of a shard's rows may leave; then the rest is added anew, with exact answers that are complete
@@ -607,7 +605,7 @@ def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -
                 replaced |= {part.path for part in found.files}
     for entry in files.list_files(place):
         name = entry.place.rpartition("/")[2]
-        stale = time.time() - entry.mtime_ns / 1e9 > _STALE_SECONDS
+        stale = files.is_old(entry.mtime_ns / 1e9)
         ours = index.OWN_FILE.fullmatch(name) and name not in current
         if _LEFT.fullmatch(name) or (ours and (name in replaced or stale)):
             files.remove(entry.place)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ _RECORD = "dedup.json"
 _SCAN_ROWS = 16_384
 _GREEDY_BLOCK, _GREEDY_TILE = 256, 8192  # rows compared at once
 _COSINES = 4096
-_STALE_SECONDS = 24 * 3600
 
 
 class BadDuplicates(ValueError):
@@ -262,7 +260,7 @@ def _remove_stale_scratch(place: str) -> None:
     files.remove_stale_temporaries(place)
     for folder in Path(place).glob(".dedup-*") if files.is_local(place) else ():
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+            if files.is_old(folder.stat().st_mtime):
                 shutil.rmtree(folder)
 
 

@@ -8,6 +8,7 @@ because a PUT is atomic.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -255,7 +257,8 @@ def link(source: str, target: str) -> None:
 
 
 class PendingFile:
-    """A file being written below `folder`, invisible until published. Knows its size and SHA-256.
+    """A file being written below `folder`, invisible until published. Knows its size and SHA-256. Locked while it is
+    written, so that nobody takes it for one that was left behind.
 
     Leaving the `with` block without `publish` discards it.
     """
@@ -270,6 +273,7 @@ class PendingFile:
         else:
             self.path = Path(tempfile.gettempdir()) / f"{_UPLOAD}{name}"
         self._stream = open(self.path, "xb")  # noqa: SIM115 (closed by close)
+        self._lock = _locked(os.dup(self._stream.fileno()))
         self._hash = hashlib.sha256()
         self.size_bytes = 0
 
@@ -279,6 +283,7 @@ class PendingFile:
     def __exit__(self, *_: object) -> None:
         self.close()
         self.path.unlink(missing_ok=True)
+        self._unlock()
 
     @property
     def sha256(self) -> str:
@@ -308,9 +313,16 @@ class PendingFile:
         """Ends writing."""
         self._stream.close()
 
-    def publish(self, name: str) -> None:
-        """Makes the file visible as `folder/name`, durably, replacing what is there."""
-        if not self.closed:
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def publish(self, name: str, durably: bool = True) -> None:
+        """Makes the file visible as `folder/name`, replacing what is there; `durably`: also after a loss of power."""
+        if not durably:
+            self.close()
+        elif not self.closed:
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self.close()
@@ -318,27 +330,56 @@ class PendingFile:
             _sync(self.path)
         if not is_local(self._folder):
             _upload(self.path, join(self._folder, name))
+            self._unlock()
             return
         target = Path(self._folder) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.path, target)
-        _sync(target.parent)
+        self._unlock()
+        if durably:
+            _sync(target.parent)
 
 
 def remove_stale_temporaries(folder: str) -> int:
-    """Deletes temporary files for `folder` that no living job can own any more (a day old); returns how many.
+    """Deletes temporary files for `folder` that no living job owns any more; returns how many. Those are a day old,
+    or a day ahead of the clock, and not locked: a clock that jumps takes nobody's file, and leaves none for ever.
 
     On an object store what is unfinished is invisible; what waited here to be sent there is looked through instead.
     """
     removed = 0
     for path in _temporaries(folder):
         try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if is_old(path.stat().st_mtime) and not _is_locked(path):
                 path.unlink()
                 removed += 1
         except (FileNotFoundError, PermissionError):  # another launcher was quicker, or it is another user's
             continue
     return removed
+
+
+def is_old(mtime: float) -> bool:
+    """Whether something was made a day ago or earlier, as far as the clock can tell: not if it has jumped."""
+    return abs(time.time() - mtime) > _STALE_SECONDS
+
+
+def _locked(descriptor: int) -> int:
+    """The descriptor, its file locked, where the filesystem has locks; a process that ends gives it back."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_locked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDWR)  # NFS locks exclusively what is open for writing
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here: the age decides
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _temporaries(folder: str) -> Iterator[Path]:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,16 @@ class Towers:
         normal = torch.addcmul(self._shift, rows, self._scale, out=rows).view(batch.shape)
         return normal.permute(0, 3, 1, 2).to(self._dtype)
 
-    def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
-        """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off."""
+    def embed_texts(
+        self,
+        texts: list[str],
+        pad_to: int = 1,
+        done: Callable[[np.ndarray, np.ndarray], None] = lambda rows, vectors: None,
+    ) -> np.ndarray:
+        """Unit vectors, float32 [n, D], of captions; what exceeds the tower's context length is cut off.
+
+        `done` is told of each forward: which of the texts, int64 [m], and their vectors, float32 [m, D].
+        """
         with self._tokenizing:
             tokens = self._tokenizer(texts)
         lengths = self._context_lengths(tokens)
@@ -107,6 +116,7 @@ class Towers:
             rows = np.flatnonzero(lengths == length)
             for some in np.array_split(rows, range(pad_to, len(rows), pad_to)) if pad_to > 1 else [rows]:
                 vectors[some] = self._embed_tokens(tokens[some, :length], pad_to)
+                done(some, vectors[some])
         return vectors
 
     def check_captions(self) -> None:
@@ -237,9 +247,14 @@ class PairedTowers(Towers):
         """That of the text tower's model, which was the last to be trained."""
         return self._text.logit_scale
 
-    def embed_texts(self, texts: list[str], pad_to: int = 1) -> np.ndarray:
+    def embed_texts(
+        self,
+        texts: list[str],
+        pad_to: int = 1,
+        done: Callable[[np.ndarray, np.ndarray], None] = lambda rows, vectors: None,
+    ) -> np.ndarray:
         """Unit vectors, float32 [n, D], of captions, by the text tower's model."""
-        return self._text.embed_texts(texts, pad_to)
+        return self._text.embed_texts(texts, pad_to, done)
 
 
 def load(model: str, pretrained: str = "", device: str = "auto", precision: str = "auto") -> Towers:

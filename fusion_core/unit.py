@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from fusion_core import files, fusers, images, readers, shards, table
+from fusion_core.kept import Kept
 from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.towers import Towers
 from schemas.feature_table import WEIGHTS, ManifestRecord, Part, TableSpec, features_schema
@@ -75,6 +76,7 @@ def run_unit(
     started = time.perf_counter()
     check_identity(work.unit)
     known = earlier_vectors(output, spec, work.previous)
+    known.take_up(Kept(output, spec, work.unit))
     with table.UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
         stream = without_crashes(readers.read(work.unit, spec.input), work.crashes)
         if towers.device != "cpu" or not files.is_local(work.unit.shard):
@@ -91,13 +93,16 @@ def run_unit(
                 writer.reject(letters)
         check_identity(work.unit)
         with clock("write"):
-            return writer.commit(
+            record = writer.commit(
                 rows_reused=known.rows_reused,
                 opt_out_sha256=opt_out.sha256,
                 seconds={**clock.seconds, "unit": time.perf_counter() - started},
                 versions=versions(),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
+            if known.kept:
+                known.kept.remove()
+    return record
 
 
 def check_identity(unit: Unit) -> None:
@@ -161,11 +166,23 @@ class KnownImage:
 
 @dataclass
 class Known:
-    """What needs no forward any more: images by SHA-256 and captions, of this unit and its earlier part."""
+    """What needs no forward any more: images by SHA-256 and captions, of this unit, of its earlier part, and of an
+    attempt that was cut short.
+    """
 
     images: dict[bytes, KnownImage] = field(default_factory=dict)
     texts: dict[str, np.ndarray] = field(default_factory=dict)  # float16 [D]
     rows_reused: int = 0
+    kept: Kept | None = None
+
+    def take_up(self, kept: Kept) -> None:
+        """Knows what an attempt has left that was cut short, and keeps for the next one what becomes known."""
+        self.kept = kept
+        for digest, caption, width, height, vector in kept.read():
+            if digest is not None and len(self.images) < KNOWN_LIMIT:
+                self.images.setdefault(digest, KnownImage(width, height, vector))
+            elif caption is not None and len(self.texts) < KNOWN_LIMIT:
+                self.texts.setdefault(caption, vector)
 
 
 def earlier_vectors(output: str, spec: TableSpec, previous: ManifestRecord | None) -> Known:
@@ -229,11 +246,11 @@ def embed_images(
         if item.pixels is not None:
             waiting.append(item)
         if len(waiting) == batch:
-            _forward(waiting, towers, batch, clock)
+            _forward(waiting, towers, known, batch, clock)
             waiting = []
             done(len(rows) + len(letters) - told)
             told = len(rows) + len(letters)
-    _forward(waiting, towers, batch, clock)
+    _forward(waiting, towers, known, batch, clock)
     done(len(window) - told)
     return rows, letters
 
@@ -275,7 +292,7 @@ def _decode_one(sample: Sample, spec: TableSpec, known: Known) -> Row | DeadLett
     return Row(sample, digest, image, pixels=decoded.pixels, is_new=True)
 
 
-def _forward(waiting: Sequence[Row], towers: Towers, batch: int, clock: "Clock") -> None:
+def _forward(waiting: Sequence[Row], towers: Towers, known: Known, batch: int, clock: "Clock") -> None:
     if not waiting:
         return
     with clock("embed_image"):
@@ -283,6 +300,10 @@ def _forward(waiting: Sequence[Row], towers: Towers, batch: int, clock: "Clock")
     for row, vector in zip(waiting, vectors.astype(np.float16), strict=True):
         assert row.image is not None
         row.image.vector, row.pixels = vector, None
+        if known.kept and row.sha256:
+            known.kept.image(row.sha256, row.image.width, row.image.height, vector)
+    if known.kept:
+        known.kept.save()
 
 
 def in_threads(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
@@ -298,8 +319,15 @@ def embed_texts(rows: Sequence[Row], towers: Towers, known: Known, batch: int, c
     """Gives the rows with a caption their text vectors."""
     captions = dict.fromkeys(row.sample.caption or "" for row in rows if has_words(row.sample.caption))
     new = [caption for caption in captions if caption not in known.texts]
+
+    def keep(at: np.ndarray, vectors: np.ndarray) -> None:
+        if known.kept:
+            for i, vector in zip(at, vectors.astype(np.float16), strict=True):
+                known.kept.caption(new[i], vector)
+            known.kept.save()
+
     with clock("embed_text"):
-        embedded = dict(zip(new, towers.embed_texts(new, batch).astype(np.float16), strict=True)) if new else {}
+        embedded = dict(zip(new, towers.embed_texts(new, batch, keep).astype(np.float16), strict=True)) if new else {}
     first = set(new)
     for row in rows:
         caption = row.sample.caption

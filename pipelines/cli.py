@@ -510,7 +510,8 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
             def ready(url: str) -> None:
                 print(f"{found.place}: {rows} at {url} (Ctrl-C ends)", flush=True)
 
-            serve.server(app, listening, ready).run(sockets=[listening])
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster ends one
+            serve.server(app, listening, ready, limits).run(sockets=[listening])
     except KeyboardInterrupt:  # how one ends a server
         pass
     return DONE

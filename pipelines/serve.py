@@ -9,14 +9,17 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
+import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -28,18 +31,21 @@ from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusion_core import images
 from fusion_core.search import BadQuery, NoImage, Query, Searcher, fetch_image
+from pipelines.connection import Connection, Patience
 from schemas.index import META
 
 MIN_TOKEN_CHARACTERS = 16
 JSON_BYTES = 1 << 20
 PICTURE_THREADS = 8
-_SHUTDOWN_SECONDS = 5
+_TAIL_BYTES = 512  # of a form, in which its last boundary stands
 _LAST_ID = (1 << 63) - 1
 _COOKIE = "fusion_session"
 _WEB = Path(__file__).parent / "web"
@@ -74,9 +80,11 @@ class Limits:
 
     k: int = 1_000
     body_bytes: int = 20_000_000
-    seconds: float = 10.0
-    waiting: int = 128  # requests in progress; an upload that waits lies in memory
+    seconds: float = 10.0  # for a request's head, and for its body and answer
+    waiting: int = 128  # requests that have come whole and are not answered
     batch: int = 64  # queries answered at once
+    connections: int = 512
+    held_bytes: int = 256 << 20  # of all bodies that are there and not answered; also of answers that nobody takes
 
 
 class Refused(Exception):
@@ -321,7 +329,8 @@ async def _read_ask(request: Request) -> tuple[Posted, bytes | None]:
             "send application/json, or multipart/form-data with a file `image`",
         )  # fmt: skip
     image, fields = None, {}
-    async with request.form(max_files=1, max_fields=32, max_part_size=JSON_BYTES) as form:
+    form = await _read_form(request)
+    try:
         for name, value in form.multi_items():
             if not isinstance(value, str):
                 image = await _read_upload(name, value)
@@ -329,7 +338,32 @@ async def _read_ask(request: Request) -> tuple[Posted, bytes | None]:
                 fields[name] = _decoded(value.encode(), name)
             else:
                 fields[name] = value
+    finally:
+        await form.close()
     return _validated(Posted, fields), image
+
+
+async def _read_form(request: Request) -> FormData:
+    boundary = re.search(r'boundary="?([^";,]+)', request.headers["content-type"])
+    tail = b""
+
+    async def watched() -> AsyncGenerator[bytes, None]:
+        nonlocal tail
+        async for piece in request.stream():
+            tail = (tail + piece[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+            yield piece
+
+    try:
+        parser = MultiPartParser(request.headers, watched(), max_files=1, max_fields=32, max_part_size=JSON_BYTES)
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:  # KeyError: no boundary is stated
+        raise Refused(
+            400, f"the form is broken: {error}", "body", "send multipart/form-data as RFC 7578 has it"
+        ) from error
+    if boundary is None or f"--{boundary[1]}--".encode() not in tail:  # the parser leaves out a part that was cut
+        await form.close()
+        raise Refused(400, "the form ends before its last boundary", "body", "send all of it")
+    return form
 
 
 async def _read_upload(name: str, upload: UploadFile) -> bytes:
@@ -497,12 +531,16 @@ def _add_errors(app: FastAPI) -> None:
         what = f"{request.method} {request.url.path}: {error.detail}"
         return Refused(error.status_code, what, "request", "see /openapi.json", error.headers).response()
 
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # for /metrics: nobody hears it
+
     async def broken(request: Request, _: Exception) -> Response:
         return Refused(500, "the server failed", request.url.path, "see the server's log").response()
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, broken)
 
 
@@ -532,7 +570,8 @@ class Guard:
     def __init__(self, app: ASGIApp, limits: Limits, meters: Meters, token: str, hosts: Sequence[str]):
         self._app, self._limits, self._meters, self._token = app, limits, meters, token
         self._hosts = {_host(host) for host in hosts}
-        self._in_progress = 0
+        self._answering = 0  # requests that have come whole
+        self._held_bytes = 0  # of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request, or the server's start and end."""
@@ -552,18 +591,20 @@ class Guard:
                 ]
             await send(message)
 
-        self._in_progress += 1
         self._meters.in_progress.inc()
+        arriving = Arriving(receive)
         try:
             async with asyncio.timeout(self._limits.seconds):
                 self._check(scope)
-                await self._app(scope, self._limited(scope, receive), send_guarded)
-        except (Refused, TimeoutError) as error:
-            refused = error if isinstance(error, Refused) else self._timed_out()
+                if not _has_body(scope):
+                    self._take(scope, arriving)
+                await self._app(scope, self._limited(scope, arriving), send_guarded)
+        except (Refused, TimeoutError, asyncio.CancelledError) as error:
             if not status:
-                await refused.response()(scope, receive, send_guarded)
+                await self._refused(error, arriving).response()(scope, receive, send_guarded)
         finally:
-            self._in_progress -= 1
+            self._answering -= arriving.is_whole
+            self._held_bytes -= arriving.size_bytes
             self._meters.in_progress.dec()
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"  # any word may stand there
@@ -572,9 +613,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         path = scope["path"]
-        if self._in_progress > self._limits.waiting and path not in _UNCOUNTED:
-            what = f"{self._limits.waiting} requests are being answered"
-            raise Refused(503, what, "server", "try again in a second", {"retry-after": "1"})
+        self._check_waiting(path)
         if self._hosts and not self._token and (name := _host(_header(scope, b"host"))) not in self._hosts:
             raise Refused(
                 403, f"this server is not {name[:100]!r}", "host",
@@ -586,26 +625,59 @@ class Guard:
         if stated.isdigit() and int(stated) > self._limits.body_bytes:
             raise self._too_large()
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        seen = 0
+    def _check_waiting(self, path: str) -> None:
+        if self._answering >= self._limits.waiting and path not in _UNCOUNTED:
+            raise _busy(f"{self._limits.waiting} requests are being answered")
 
+    def _take(self, scope: Scope, arriving: "Arriving") -> None:
+        """A request has come whole: it is the server's turn. A client that is still sending keeps nobody waiting."""
+        self._check_waiting(scope["path"])
+        self._answering += 1
+        arriving.is_whole = True
+
+    def _limited(self, scope: Scope, arriving: "Arriving") -> Receive:
         async def receive_limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limits.body_bytes:
+            message = await arriving.receive()
+            size = len(message.get("body", b""))
+            arriving.size_bytes += size
+            self._held_bytes += size
+            if arriving.size_bytes > self._limits.body_bytes:
                 raise self._too_large()
+            if self._held_bytes > self._limits.held_bytes:
+                raise _busy("the requests in progress fill the memory that there is for them")
+            if message["type"] == "http.request" and not message.get("more_body") and not arriving.is_whole:
+                self._take(scope, arriving)
             return message
 
         return receive_limited
+
+    def _refused(self, error: BaseException, arriving: "Arriving") -> Refused:
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, asyncio.CancelledError):  # what the server does with what outlasts its last seconds
+            return Refused(503, "the server ends", "server", "ask its successor", {"retry-after": "1"})
+        if not arriving.is_whole:
+            what = f"the body did not come within {self._limits.seconds:g} seconds"
+            return Refused(408, what, "body", "send it faster, or start the server with a larger --timeout")
+        what = f"no answer within {self._limits.seconds:g} seconds"
+        return Refused(503, what, "server", "try again, or ask for less", {"retry-after": "1"})
 
     def _too_large(self) -> Refused:
         remedy = "send a smaller picture, or start the server with a larger --max-body-bytes"
         return Refused(413, f"the body has more than {self._limits.body_bytes:,} bytes", "body", remedy)
 
-    def _timed_out(self) -> Refused:
-        what = f"no answer within {self._limits.seconds:g} seconds"
-        return Refused(503, what, "server", "try again, or ask for less", {"retry-after": "1"})
+
+@dataclass
+class Arriving:
+    """What has come of one request's body."""
+
+    receive: Receive
+    size_bytes: int = 0
+    is_whole: bool = False
+
+
+def _busy(what: str) -> Refused:
+    return Refused(503, what, "server", "try again in a second", {"retry-after": "1"})
 
 
 _ENCODED_HEADERS = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
@@ -613,6 +685,10 @@ _ENCODED_HEADERS = [(name.encode(), value.encode()) for name, value in _HEADERS.
 
 def _header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+
+
+def _has_body(scope: Scope) -> bool:
+    return _header(scope, b"content-length") not in ("", "0") or _header(scope, b"transfer-encoding") != ""
 
 
 def _host(name: str) -> str:
@@ -675,9 +751,16 @@ def bind(host: str, port: int, token: str) -> tuple[socket.socket, list[str]]:
     return found, ["localhost", "127.0.0.1", "::1", host] if local else []
 
 
-def server(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]) -> uvicorn.Server:
-    """The server of a bound socket, to be `run`; `ready` is told the URL once requests are answered."""
+def server(
+    app: ASGIApp, listening: socket.socket, ready: Callable[[str], None], limits: Limits | None = None
+) -> uvicorn.Server:
+    """The server of a bound socket, to be `run`; `ready` is told the URL once requests are answered.
+
+    Told to end, it takes no more requests, and answers those in progress in their time.
+    """
+    limits = limits or Limits()
     host, port = listening.getsockname()[:2]
+    patience = Patience(limits.seconds, limits.connections, limits.held_bytes)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -686,10 +769,12 @@ def server(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None])
 
     config = uvicorn.Config(
         app,
+        http=cast(Any, partial(Connection, patience=patience)),
         log_config=None,
+        log_level="error",  # a line for each client that does not speak HTTP would fill the disk
         access_log=False,
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=math.ceil(limits.seconds),
     )
     return Server(config)

@@ -18,7 +18,7 @@ DOORS = {
     "fastapi": ("pipelines/serve.py",),
     "starlette": ("pipelines/serve.py",),
     "pydantic": ("pipelines/serve.py",),
-    "uvicorn": ("pipelines/serve.py",),
+    "uvicorn": ("pipelines/serve.py", "pipelines/connection.py"),
     "prometheus_client": ("pipelines/serve.py",),
 }
 

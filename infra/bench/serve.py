@@ -38,12 +38,12 @@ TEXTS = [
 ]
 
 
-def scenes(folder: Path, rows: int) -> str:
+def scenes(folder: Path, rows: int, precision: str = "auto") -> str:
     """The place of an index of generated scenes, made once."""
     place = folder / "index"
     if not (place / "index.json").exists():
         demo_shards.write_shards(folder / "shards", rows, 1000, 7, broken=False)
-        demo, inputs = towers.load(towers.DEMO, device="cpu"), InputSpec()
+        demo, inputs = towers.load(towers.DEMO, device="cpu", precision=precision), InputSpec()
         spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
         for work in shards.plan([f"{folder}/shards/*.tar"], inputs):
             unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)

@@ -31,10 +31,10 @@ def failing(
         fault(f"write {self.path}")
         return write(self, data)
 
-    def publish_or_fail(self: files.PendingFile, name: str) -> None:
+    def publish_or_fail(self: files.PendingFile, name: str, **how: bool) -> None:
         fault(f"publish {name}")
         if not lost(name):
-            publish(self, name)
+            publish(self, name, **how)
 
     def open_or_fail(place: str) -> BinaryIO:
         fault(f"open {place}")

@@ -1,17 +1,20 @@
 """Storage that fails in the middle of a job: the repeated command gives the undisturbed table, whatever it was."""
 
 import errno
+import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from fusion_core import table, towers
+from fusion_core import files, table, towers
 from pipelines import cli
 from tests.corpora import pairs, write_tar
 from tests.faults import storage
@@ -99,6 +102,40 @@ def test_the_order_of_listings_does_not_matter(whole: Path, tmp_path: Path) -> N
         with storage.failing(storage.never, shuffled=seed):
             assert cli.main(arguments(whole / "shards", tmp_path / "table")) == 0
             assert_whole(tmp_path / "table", whole)
+
+
+def test_a_clock_that_jumps_takes_nothing_and_leaves_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, chance, clock, begin = tmp_path / "table", random.Random(3), time.time, files.PendingFile.__init__
+
+    def jumping() -> float:
+        return clock() + 24 * 3600 * chance.choice([-3650, -2, 0, 2, 3650])
+
+    def begin_then(self: files.PendingFile, folder: str) -> None:
+        begin(self, folder)
+        os.utime(self.path, (jumping(),) * 2)
+
+    (place / ".tmp").mkdir(parents=True)
+    for days in (-3650, -2, 2, 3650):  # what was killed while the clock was wrong
+        (place / ".tmp" / f"{days}").write_bytes(b"half a part")
+        os.utime(place / ".tmp" / f"{days}", (clock() + 24 * 3600 * days,) * 2)
+    ended = threading.Event()
+
+    def clean() -> None:
+        while not ended.wait(0.001):
+            files.remove_stale_temporaries(str(place))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", jumping)
+        patch.setattr(files.PendingFile, "__init__", begin_then)
+        janitor = threading.Thread(target=clean)
+        janitor.start()
+        code = cli.main(arguments(whole / "shards", place))
+        ended.set()
+        janitor.join()
+    assert code == 0
+    repeat(whole, place)
 
 
 def harm(place: Path, chance: random.Random) -> Path:

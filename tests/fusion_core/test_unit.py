@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusion_core import fusers, shards, table, towers, unit
+from fusion_core import fusers, kept, shards, table, towers, unit
 from fusion_core.demo import shards as demo_shards
 from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
 from schemas.samples import DeadLetter, Sample
@@ -143,11 +143,50 @@ def test_a_damaged_earlier_part_is_not_believed(tmp_path: Path) -> None:
     assert table.verify(str(tmp_path / "table")) == []
 
 
+class Killed(BaseException):
+    """Where a kill would have come."""
+
+
+@pytest.mark.parametrize("tower", ["embed_images", "_embed_tokens"])
+def test_what_was_embedded_before_a_kill_is_not_embedded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str
+) -> None:
+    monkeypatch.setattr(kept, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(kept, "_SAVE_SHARE", 0)
+    forward, seen = getattr(MODEL, tower), list[int]()
+
+    def counted(rows: Any, pad_to: int) -> Any:
+        if sum(seen) >= 48 and attempt == 0:
+            raise Killed
+        seen.append(len(rows))
+        return forward(rows, pad_to)
+
+    monkeypatch.setattr(MODEL, tower, counted)
+    members = pairs(90)
+    shard, place = write_tar(tmp_path / "a.tar", members), tmp_path / "table"
+    attempt = 0
+    with pytest.raises(Killed):
+        embed(shard, place)
+    lying = sorted((place / ".tmp").iterdir())
+    assert len(lying) >= 3 and all(path.name.startswith("kept-") for path in lying)
+    lying[0].write_bytes(lying[0].read_bytes()[:-1])  # torn: not used
+    assert table.Table.open(str(place)).records == ()
+    attempt = 1
+    embed(shard, place)
+    assert 90 < sum(seen) <= 90 + 16, "all but the torn file was taken up"
+    assert not list((place / ".tmp").iterdir())
+    embed(shard, tmp_path / "whole")
+    assert (place / "features").exists()
+    assert [path.name for path in (place / "features").iterdir()] == [
+        path.name for path in (tmp_path / "whole" / "features").iterdir()
+    ]
+
+
 def test_a_shard_that_changes_under_the_job_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_tar(tmp_path / "a.tar", pairs(10))
     encode = MODEL.embed_texts
     monkeypatch.setattr(
-        MODEL, "embed_texts", lambda texts, pad_to: (os.utime(shard, ns=(1, 1)), encode(texts, pad_to))[1]
+        MODEL, "embed_texts", lambda texts, pad_to, done: (os.utime(shard, ns=(1, 1)), encode(texts, pad_to))[1]
     )
     with pytest.raises(unit.InputChanged, match=r"a\.tar changed while the job ran"):
         embed(shard, tmp_path / "table")

@@ -82,7 +82,7 @@ def serving(
         ready.set()
 
     with listening:
-        server = serve.server(serve.build(searcher, limits, token, hosts), listening, tell)
+        server = serve.server(serve.build(searcher, limits, token, hosts), listening, tell, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

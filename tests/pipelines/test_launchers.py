@@ -129,8 +129,13 @@ def test_the_janitor_spares_what_a_living_launcher_may_own(tmp_path: Path, monke
             for path, seconds in ((stale, -25 * 3600), (ahead, 25 * 3600)):
                 path.write_bytes(b"left behind")
                 os.utime(path, (time.time() + seconds,) * 2)
-            assert files.remove_stale_temporaries(folder) == 1
-            assert not stale.exists() and ahead.exists() and theirs.path.exists()
+            for seconds in (-25 * 3600, 25 * 3600):  # the clock has jumped since it was begun
+                os.utime(theirs.path, (time.time() + seconds,) * 2)
+                assert files.remove_stale_temporaries(folder) == (2 if seconds < 0 else 0)
+                assert not stale.exists() and not ahead.exists() and theirs.path.exists()
+            fresh = scratch / stale.name
+            fresh.write_bytes(b"a moment ago, by somebody whose filesystem has no locks")
             assert files.remove_stale_temporaries(folder) == 0
+            fresh.unlink()
         assert not theirs.path.exists()
     assert (tmp_path / "tmp" / "fusion-index-of-another").exists()

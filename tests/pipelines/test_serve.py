@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -291,14 +293,115 @@ def test_a_request_that_takes_too_long_gets_an_answer(slow: Slow) -> None:
 
 
 def test_a_body_that_comes_too_slowly_is_given_up(searcher: Searcher) -> None:
-    import socket
-
     with serving(searcher, serve.Limits(seconds=0.2)) as client:
-        host, _, port = client.url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=10) as raw:
-            raw.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                        b"Content-Length: 50\r\n\r\n{")  # fmt: skip
-            assert raw.recv(100).startswith(b"HTTP/1.1 503")
+        assert_told(answer_on(raw(client, HALF + b"{")), 408, "0.2 seconds")
+
+
+def raw(client: Client, data: bytes = b"") -> socket.socket:
+    """A connection on which some bytes were sent."""
+    host, _, port = client.url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def answer_on(connection: socket.socket) -> Answer:
+    import http.client
+
+    with connection, http.client.HTTPResponse(connection) as response:
+        response.begin()
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+
+
+HALF = (b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 90000\r\n\r\n")  # fmt: skip
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(searcher: Searcher) -> None:
+    with serving(searcher, serve.Limits(seconds=0.3)) as client:
+        with raw(client) as silent:
+            assert silent.recv(100) == b""
+        assert_told(answer_on(raw(client, b"GET /health HTTP/1.1\r\nHost: local")), 408, "0.3 seconds")
+
+
+def test_clients_that_are_still_sending_keep_nobody_waiting(searcher: Searcher) -> None:
+    with serving(searcher, serve.Limits(waiting=2)) as client:
+        slow = [raw(client, HALF + b"{") for _ in range(6)]
+        assert client.get("/search?text=x&k=1").status == 200
+        for connection in slow:
+            connection.close()
+
+
+def test_the_longest_waiting_connection_makes_room(searcher: Searcher) -> None:
+    with serving(searcher, serve.Limits(connections=3, seconds=30)) as client:
+        slow = []
+        for _ in range(3):
+            slow.append(raw(client, HALF))
+            time.sleep(0.05)
+        assert client.get("/search?text=x&k=1").status == 200
+        with suppress(ConnectionResetError):
+            assert slow[0].recv(1) == b""
+        slow[2].sendall(b'{"text":"x","k":1}'.ljust(90000))
+        assert answer_on(slow[2]).status == 200
+        slow[0].close()
+        slow[1].close()
+
+
+def test_bodies_that_wait_have_a_limit_together(searcher: Searcher) -> None:
+    with serving(searcher, serve.Limits(held_bytes=100_000)) as client:
+        first = raw(client, HALF + b'{"text":"x","k":1}'.ljust(80_000))
+        time.sleep(0.2)
+        assert_told(answer_on(raw(client, HALF + b" " * 80_000)), 503, "memory")
+        first.sendall(b" " * 10_000)
+        assert answer_on(first).status == 200
+        assert client.post_json({"text": "x", "k": 1}).status == 200  # both are forgotten
+
+
+def test_who_does_not_take_the_answers_loses_the_connection(searcher: Searcher) -> None:
+    with serving(searcher, serve.Limits(seconds=0.3)) as client, raw(client) as deaf:
+        asked = 3000
+        with suppress(OSError):
+            deaf.settimeout(1)
+            for _ in range(asked):
+                deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(2.5)
+        taken = 0
+        deaf.settimeout(5)
+        with suppress(ConnectionResetError):
+            while piece := deaf.recv(1 << 16):
+                taken += len(piece)
+        assert taken < asked * len(client.get("/page.js").body)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000,
+        b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["TLS", "a long head", "a broken chunk"],
+)
+def test_what_is_not_http_is_told_so(client: Client, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    assert_told(answer_on(raw(client, data)), 400, "HTTP")
+    assert not caplog.records
+
+
+def test_a_form_that_was_cut_is_not_half_a_question(client: Client) -> None:
+    body = b'--cut\r\nContent-Disposition: form-data; name="text"\r\n\r\nx\r\n--cut\r\nContent-Disposition: form-data'
+    kind = {"content-type": "multipart/form-data; boundary=cut"}
+    assert_told(client.ask("POST", "/search", body, kind), 400, "last boundary")
+
+
+def test_who_goes_while_sending_is_no_fault_of_ours(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    raw(client, HALF + b"{").close()
+    for _ in range(50):
+        told = client.get("/metrics").body.decode()
+        if 'status="499"' in told:
+            break
+        time.sleep(0.05)
+    assert 'status="499"' in told and not caplog.records
 
 
 def test_more_requests_than_may_wait_are_sent_away(slow: Slow) -> None:
