@@ -29,6 +29,7 @@ from fusion_core.neighbours import Components, Halves, Ids, Records, Scratch, Wo
 from fusion_core.table import Table, to_numpy
 from schemas import records
 from schemas.dedup import CLUSTERS, WHYS, DedupRecord, DedupSpec, Keep, PairsFound
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, Part
 
 Flags = npt.NDArray[np.bool_]
@@ -46,7 +47,7 @@ _COSINES = 4096
 _STALE_SECONDS = 24 * 3600
 
 
-class BadDuplicates(ValueError):
+class BadDuplicates(UserError):
     """Duplicates that cannot be looked for or used: what is wrong, and the remedy."""
 
 

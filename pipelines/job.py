@@ -18,6 +18,7 @@ from typing import Any
 
 from fusion_core import files, shards, versions
 from pipelines import options
+from schemas.errors import UserError
 from schemas.feature_table import EMBEDDINGS, InputSpec
 from schemas.job import IndexStep, JobSpec, Limits
 
@@ -41,7 +42,7 @@ _FUSERS = ("weighted_sum", "concat", "hadamard")
 Parse = Callable[[Sequence[str]], tuple[argparse.Namespace, list[str]]]
 
 
-class BadJob(ValueError):
+class BadJob(UserError):
     """A job file that cannot be run: file, key, value and remedy."""
 
 

@@ -47,7 +47,7 @@ from schemas.job import (
     TableState,
 )
 
-DONE, FAILED, ALERT, LOCKED = 0, 1, 4, 5
+DONE, FAILED, ALERT = 0, 1, 4
 _BASELINE = "published.json"
 _LINES = 12  # of what a stage said that are kept when it failed
 _UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("rows_in", pa.int64()), ("rows_out", pa.int64()),
