@@ -76,15 +76,12 @@ def load(place: str, sha256: str = "") -> OptOut:
     if place in ("", NO_LIST):
         return NOTHING
     try:
-        found = files.sha256(place)
+        return _read(place, sha256 or files.sha256(place))
     except FileNotFoundError as error:
         raise InputError(f"no opt-out list {place!r}") from error
-    if sha256 and found != sha256:
-        raise InputError(f"the opt-out list {place} changed while the job ran: run the command again")
-    return _read(place, found)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # a worker asks for each of its units
 def _read(place: str, sha256: str) -> OptOut:
     pieces = [np.array(_digests(keys), _DIGEST) for keys in _batches(place)]
     digests = np.concatenate([*pieces, np.empty(0, _DIGEST)])
@@ -92,6 +89,8 @@ def _read(place: str, sha256: str) -> OptOut:
     digests.sort()
     repeated = digests[1:] == digests[:-1]
     digests = np.delete(digests, np.flatnonzero(repeated)) if repeated.any() else digests
+    if files.sha256(place) != sha256:
+        raise InputError(f"the opt-out list {place} changed while the job ran: run the command again")
     if not len(digests):
         raise InputError(
             f"the opt-out list {place} holds no key: say --opt-out {NO_LIST} if nothing is to be left out any more"

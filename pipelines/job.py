@@ -237,6 +237,8 @@ def check_places(path: str, spec: JobSpec) -> None:
         if value.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(value)):
             raise BadJob(f"{path}: [embed] {key} = {_shown(value)}: there is no such file or folder")
     _check_fuser(path, "embed", embed.fuser)
+    if embed.opt_out not in (None, "none") and files.stat(files.absolute(embed.opt_out)) is None:
+        raise BadJob(f"{path}: [embed] opt-out = {_shown(embed.opt_out)}: there is no such file")
     if spec.fuse is not None:
         fuse = options.build().parse_known_args(["fuse", "x", "--output=x", *spec.fuse])[0]
         _check_fuser(path, "fuse", fuse.fuser)

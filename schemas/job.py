@@ -76,7 +76,9 @@ class IndexVersion:
 
 @dataclass(frozen=True)
 class IndexVersions:
-    """Which version of an index is current (current.json); replaced as a whole. The newest version comes first."""
+    """Which version of an index is current (current.json); replaced as a whole. A version comes before those that it
+    replaced.
+    """
 
     current: str
     versions: tuple[IndexVersion, ...]
@@ -120,6 +122,7 @@ class TableState:
     rows_new: int
     rows_dead_new: int
     rows_gone: int
+    rows_opted_out: int  # samples left out because of their keys
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ class IndexState:
     place: str  # of the version
     state: Literal["unchanged", "candidate", "published"]
     rows_indexed: int
+    rows_added: int  # as index.json has them
+    rows_removed: int
     size_bytes: int
     recalls: tuple[Recall, ...] = ()
     evaluated: tuple[MeasuredRecall, ...] = ()

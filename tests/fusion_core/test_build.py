@@ -19,6 +19,7 @@ from fusion_core.index import BadIndex, Index, Rows
 from fusion_core.table import Table
 from fusion_core.vectors import Kind
 from schemas.dedup import DedupSpec
+from schemas.errors import RunError
 from tests.fusion_core.test_index import brute_force, pairs, write_table
 
 DIM, ROWS, PART_ROWS = 64, 3200, 400
@@ -419,7 +420,7 @@ def test_types_that_are_not_ours_are_refused(text: str) -> None:
 def test_an_index_that_was_cut_off_names_the_missing_piece(world: Any, tmp_path: Path) -> None:
     job, clock = build.IndexJob(str(tmp_path), **options()), Clock(lambda line: None, "index")
     planned = build.plan(job, world[0], clock)
-    with pytest.raises(BadIndex, match="is missing: run the same command again"):
+    with pytest.raises(RunError, match="is missing: run the same command again"):
         build.finish(job, planned, clock)
     assert not files.stat(files.join(str(tmp_path), index.RECORD))
     assert tables.Table.open(world[0].place).num_rows == ROWS

@@ -80,6 +80,12 @@ def test_what_is_no_list_is_refused(tmp_path: Path, name: str | None, data: byte
         opt_out.load(str(tmp_path / "list"), "0" * 64)
 
 
+def test_a_worker_reads_the_list_once(tmp_path: Path) -> None:
+    keys = write_list(tmp_path / "list", ["a", "b"])
+    (tmp_path / "list").unlink()
+    assert opt_out.load(keys.place, keys.sha256) is keys
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)))
 def test_what_is_taken_out_is_as_if_it_had_never_been_there(
