@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +29,9 @@ NO_LIST = "none"  # in a list's place: nothing is left out any more
 
 _DIGEST = f"S{KEY_DIGEST_BYTES}"
 _BATCH_KEYS = 65_536
+_UNITS_AT_ONCE = 10_000
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -158,19 +162,27 @@ def sweep(place: str, spec: TableSpec, found: Sequence[ManifestRecord], opt_out:
     """
     with ThreadPoolExecutor(threads, "fusion-opt-out") as pool:
         looks = dict(
-            zip((r.unit.id for r in found), pool.map(partial(_look, place, spec, opt_out), found), strict=True)
+            zip((r.unit.id for r in found), _each(pool, partial(_look, place, spec, opt_out), found), strict=True)
         )
         clean = {record.unit.id: record.revision for record in found if looks[record.unit.id] is False}
         failures = [look for look in looks.values() if isinstance(look, str)]
         held = [unit for unit, look in looks.items() if look is True]
         whole = table.read_manifest(place).by_unit if held else {}  # with what the units cost, which stays said
         rows = 0
-        for outcome in pool.map(partial(_take_out, place, spec, opt_out), (whole[unit] for unit in held)):
+        for outcome in _each(pool, partial(_take_out, place, spec, opt_out), [whole[unit] for unit in held]):
             if isinstance(outcome, str):
                 failures.append(outcome)
             else:
                 rows += outcome
     return Swept(clean, rows, tuple(failures))
+
+
+def _each(
+    pool: ThreadPoolExecutor, function: Callable[[ManifestRecord], ResultT], found: Sequence[ManifestRecord]
+) -> Iterator[ResultT]:
+    """The function's results in order; a million at once would wait in 1.7 GB of memory."""
+    for start in range(0, len(found), _UNITS_AT_ONCE):
+        yield from pool.map(function, found[start : start + _UNITS_AT_ONCE])
 
 
 def marked(record: ManifestRecord, swept: Swept, opt_out: OptOut) -> ManifestRecord:

@@ -540,11 +540,18 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import replace
 
     from fusion_core import files, fusers, report, table
+    from schemas.feature_table import TableSpec
 
     source, output = table.Table.open(args.table), files.absolute(args.output)
     if output == source.place:
         raise table.TableError(f"--output {output} is the table that is read: name another place")
-    spec = replace(source.spec, fuser=None, fusion_weights=args.weights, text_tower=_text_tower(args, source, output))
+    spec = replace(
+        source.spec,
+        fuser=None,
+        fusion_weights=args.weights,
+        text_tower=_text_tower(args, source, output),
+        schema_version=TableSpec.schema_version,
+    )
     fuser = fusers.parse(args.fuser, spec.tower.embedding_dim, spec.backbone) if args.fuser else None
     spec = replace(spec, fuser=fuser.spec if fuser else None)
 
