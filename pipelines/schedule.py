@@ -33,6 +33,7 @@ from fusion_core import alerts, files, lock, table, versions
 from fusion_core.table import Table
 from pipelines import job
 from schemas import records
+from schemas.errors import RunError, UserError
 from schemas.feature_table import ManifestRecord
 from schemas.index import IndexRecord
 from schemas.index_evaluation import IndexEvaluation
@@ -111,7 +112,7 @@ class _Run:
         except KeyboardInterrupt:
             self._end("interrupted", FAILED, "interrupted: what is recorded stays; run the same command again to go on")
             raise
-        except (OSError, lock.Lost, table.TableError, records.SchemaMismatch) as error:
+        except (OSError, UserError, RunError) as error:
             return self._end("failed", FAILED, f"{type(error).__name__}: {error}")
         except BaseException as error:
             self._end("failed", FAILED, f"{type(error).__name__}: {error}")
@@ -207,11 +208,11 @@ class _Run:
             place,
             state,
             record.rows_indexed,
-            record.rows_added,
-            record.rows_removed,
             record.size_bytes,
             record.recalls,
             _evaluated(place),
+            record.rows_added,
+            record.rows_removed,
         )
         self._record(indexes=(*self._own.indexes, found))
 

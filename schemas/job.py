@@ -122,7 +122,7 @@ class TableState:
     rows_new: int
     rows_dead_new: int
     rows_gone: int
-    rows_opted_out: int  # samples left out because of their keys
+    rows_opted_out: int = 0  # samples left out because of their keys
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class IndexState:
     place: str  # of the version
     state: Literal["unchanged", "candidate", "published"]
     rows_indexed: int
-    rows_added: int  # as index.json has them
-    rows_removed: int
     size_bytes: int
     recalls: tuple[Recall, ...] = ()
     evaluated: tuple[MeasuredRecall, ...] = ()
+    rows_added: int = 0  # as index.json has them
+    rows_removed: int = 0
 
 
 @dataclass(frozen=True)

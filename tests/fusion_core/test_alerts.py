@@ -29,7 +29,7 @@ def judged(limits: Limits, state: TableState = STATE, new: Sequence[float] = (),
            rows_before: int = 100) -> list[Alert]:  # fmt: skip
     published = None
     if before is not None:
-        earlier = TableState(1, rows_before, rows_before, 0, 1, rows_before, rows_before, 0, 0, 0)
+        earlier = TableState(1, rows_before, rows_before, 0, 1, rows_before, rows_before, 0, 0)
         published = (earlier, alerts.similarities(batches(list(before))))
     return list(alerts.of_table(limits, state, alerts.similarities(batches(list(new))), published))
 
