@@ -24,6 +24,7 @@ from fusion_core.fields import Columns, Rejected
 from fusion_core.tabular import Row
 from fusion_core.towers import Towers
 from schemas import records
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
 from schemas.samples import DeadLetter, InputIdentity, Sample, Unit
 
@@ -44,7 +45,7 @@ _NO_HEADER = (
 )  # fmt: skip
 
 
-class BadImport(ValueError):
+class BadImport(UserError):
     """A folder that cannot be imported: what is wrong, where, and the remedy."""
 
 

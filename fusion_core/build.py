@@ -30,12 +30,12 @@ from fusion_core import choose, files, fusers, index, merge, vectors
 from fusion_core.choose import Queries
 from fusion_core.clock import Clock
 from fusion_core.dedup import BadDuplicates, Duplicates
-from fusion_core.index import BadIndex
 from fusion_core.measuring import Measured, measure
 from fusion_core.merge import TRUTH_K, Source
 from fusion_core.table import Table, unit_of_part
 from fusion_core.vectors import Kind, Shard
 from schemas import records
+from schemas.errors import RunError
 from schemas.feature_table import EMBEDDINGS, ManifestRecord, Part, TableSpec
 from schemas.index import Candidate, IndexRecord, IndexShard, Training
 
@@ -70,7 +70,7 @@ class IndexJob:
     def settings(self, spec: TableSpec) -> str:
         """Fingerprint of what a training depends on, but for the rows."""
         asked = [self.column, self.target_recall, self.max_bytes_per_vector, self.exact_rows, self.factory, self.seed]
-        return records.fingerprint([spec.decisive, *asked, *([self.kept] if self.kept else [])])
+        return records.fingerprint([spec.fingerprint, *asked, *([self.kept] if self.kept else [])])
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,7 @@ def _unfit(job: IndexJob, table: Table, training: Training) -> str:
     """Why a training does not do for the table; empty where it does."""
     if training.settings != job.settings(table.spec):
         return "another index is asked for"
-    parts = [part for part in (training.trained, training.trained_refine, training.queries) if part]
-    if not _is_whole(job, parts):
+    if not _is_whole(job, training.files):
         return "its files are not whole"
     rows, then = table.num_rows, training.rows_table
     if rows > _GROWTH * then:
@@ -476,11 +475,12 @@ def _read_queries(job: IndexJob, spec: TableSpec, training: Training, scratch: s
 def finish(job: IndexJob, planned: Plan, clock: Clock) -> IndexRecord:
     """Merges what was added, takes out what has left, measures, and makes it the index at the job's place.
 
-    Raises BadIndex where a piece is missing.
+    Raises RunError where a piece is missing.
     """
     table, training, place, before = planned.table, planned.training, job.place, planned.before
     if before and planned.is_done:
         clock.log(f"index: {place} is of {table.place} as it is now: nothing to do")
+        _remove_replaced(place, before, before)
         return before
     with _scratch(place) as scratch:  # what was downloaded is needed until the measurement is over
         with clock.stage("merge"):
@@ -535,7 +535,7 @@ def _merged(job: IndexJob, planned: Plan, scratch: str) -> Iterator[IndexShard]:
     for piece in planned.pieces:
         shard = _finished(job, piece.name)
         if shard is None:
-            raise BadIndex(f"{job.place}: the piece {piece.name} is missing: run the same command again")
+            raise RunError(f"{job.place}: the piece {piece.name} is missing: run the same command again")
         new.append(Source(shard, part_rows, part_rows))
     records_of = {record.features.path: record for record in planned.table.records if record.features}
     standing = list(planned.standing)
@@ -599,9 +599,10 @@ def _remove_replaced(place: str, before: IndexRecord | None, now: IndexRecord) -
     current = {part.path for part in now.files}
     replaced = {part.path for part in before.files} if before else set()
     for entry in files.list_files(place):
-        if re.fullmatch(r"piece-[0-9a-f]{16}\.json", entry.place.rpartition("/")[2]):
+        if left := _LEFT.fullmatch(entry.place.rpartition("/")[2]):
+            kind: type[IndexShard | Training] = IndexShard if left[1] == "piece" else Training
             with contextlib.suppress(records.SchemaMismatch):
-                found = records.from_json(IndexShard, files.read_bytes(entry.place), entry.place)
+                found = records.from_json(kind, files.read_bytes(entry.place), entry.place)
                 replaced |= {part.path for part in found.files}
     for entry in files.list_files(place):
         name = entry.place.rpartition("/")[2]

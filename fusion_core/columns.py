@@ -17,6 +17,7 @@ from fusion_core import files
 from fusion_core.table import Table
 from schemas import records
 from schemas.columns import CaptionRecord, LabelRecord
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, Part
 
 RecordT = TypeVar("RecordT", LabelRecord, CaptionRecord)
@@ -24,7 +25,7 @@ RecordT = TypeVar("RecordT", LabelRecord, CaptionRecord)
 _FINGERPRINT = b"fusion.columns"
 
 
-class BadColumns(ValueError):
+class BadColumns(UserError):
     """Columns that cannot be written or used: what is wrong, and the remedy."""
 
 

@@ -28,6 +28,7 @@ from fusion_core.neighbours import Components, Halves, Ids, Records, Scratch, Wo
 from fusion_core.table import Table, to_numpy
 from schemas import records
 from schemas.dedup import CLUSTERS, WHYS, DedupRecord, DedupSpec, Keep, PairsFound
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, Part
 
 Flags = npt.NDArray[np.bool_]
@@ -44,7 +45,7 @@ _GREEDY_BLOCK, _GREEDY_TILE = 256, 8192  # rows compared at once
 _COSINES = 4096
 
 
-class BadDuplicates(ValueError):
+class BadDuplicates(UserError):
     """Duplicates that cannot be looked for or used: what is wrong, and the remedy."""
 
 

@@ -30,6 +30,7 @@ from fusion_core.labels import Classes, Truth
 from fusion_core.metrics import Doubles, Floats, Ids
 from fusion_core.table import Table, to_numpy
 from fusion_core.towers import Towers
+from schemas.errors import UserError
 from schemas.evaluation import (
     Calibration,
     Classification,
@@ -57,7 +58,7 @@ _SINGLE = ("image", "text")
 _NAMES = ("accuracy", "macro-F1", "macro-recall")
 
 
-class BadEvaluation(ValueError):
+class BadEvaluation(UserError):
     """A table that cannot be evaluated as asked: why, and what would help."""
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fusion_core import files
 from fusion_core.labels import Truth
 from fusion_core.table import ROW_GROUP_ROWS, Table, to_numpy
+from schemas.errors import UserError
 from schemas.fuser import TrainJob
 
 Floats = npt.NDArray[Any]
@@ -31,7 +32,7 @@ _SHARES = (0.7, 0.8)  # up to which a content's hash is for training, for valida
 _SIDES = ("image", "text")
 
 
-class TrainError(ValueError):
+class TrainError(UserError):
     """Nothing can be learned from what was given: why, and what would help."""
 
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from fusion_core import files, images, search
 from fusion_core.table import Table, to_numpy
 from schemas import records
+from schemas.errors import UserError
 from schemas.export import ExportRecord, ExportSpec, Format
 
 Progress = Callable[[int], object]
@@ -46,7 +47,7 @@ _BATCH_ROWS = 8192
 _BATCH_PICTURES = 128
 
 
-class BadExport(ValueError):
+class BadExport(UserError):
     """An export that cannot be written: why, and the remedy."""
 
 

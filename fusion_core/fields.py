@@ -9,6 +9,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.types as pat
 
+from schemas.errors import UserError
 from schemas.feature_table import InputSpec
 from schemas.samples import DeadLetter
 
@@ -21,7 +22,7 @@ KEY_COLUMNS = ("key", "__key__")
 URL_COLUMNS = ("url", "URL", "image_url")
 
 
-class InputError(ValueError):
+class InputError(UserError):
     """The input is not what was asked for, found before work starts: what was expected, the value, the remedy."""
 
 

@@ -25,6 +25,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow.fs as pafs
 
+from schemas.errors import UserError
+
 TEMPORARY = ".tmp"  # below a table or index; never looked into by a reader
 _STALE_SECONDS = 24 * 3600
 _UPLOAD = "fusion-upload-"  # begins the name of what waits on this machine to be sent to a store
@@ -38,7 +40,7 @@ _CREDENTIALS = re.compile(
 _SECRET_OPTION = re.compile(r"(?i)([?&][\w-]*(?:secret|password|token|key|signature|sig|credential)[\w-]*=)[^\s&]+")
 
 
-class BadPlace(ValueError):
+class BadPlace(UserError):
     """A place that cannot be used, and why."""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fusion_core import files
 from schemas import records
+from schemas.errors import UserError
 from schemas.fuser import FuserRecord, FuserSpec, Space, TensorRecord
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _HEADER_BYTES = 1 << 16  # of a safetensors file: some tens of tensors
 _FORWARD_ROWS = 64  # of every forward of a trained fuser: what shares a batch changes no shape
 
 
-class FuserError(ValueError):
+class FuserError(UserError):
     """A fuser that is not known or not well-formed: what was given, and what is possible."""
 
 

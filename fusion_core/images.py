@@ -47,13 +47,15 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import STRIPBYTECOUNTS, STRIPOFFSETS, TILEBYTECOUNTS, TILEOFFSETS, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from schemas.errors import UserError
+
 if TYPE_CHECKING:  # schemas.feature_table imports pyarrow, which decoding does not need
     from schemas.feature_table import Preprocess
 
 MAX_RESIZED_PIXELS = 64_000_000  # an image of 1 × 2,000 pixels at 224 would become 224 × 448,000 before its crop
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """The bytes give no pixels. `error` is one of schemas.samples.ERRORS; the text says what was found."""
 
     def __init__(self, error: str, message: str) -> None:

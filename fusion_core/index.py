@@ -22,6 +22,7 @@ from fusion_core import files, vectors, versions
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
 from schemas import records
+from schemas.errors import UserError
 from schemas.feature_table import EMBEDDINGS, Part
 from schemas.index import META, STORED_META, IndexRecord, IndexShard
 
@@ -34,7 +35,7 @@ _EXACT_AMONG = 8_192  # a search among no more than these rows is exact
 _SCAN_SHARE = 128  # one vector read by its id costs as much as passing over these many
 
 
-class BadIndex(ValueError):
+class BadIndex(UserError):
     """An index that cannot be used: what is wrong with it, and the remedy."""
 
 

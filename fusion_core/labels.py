@@ -23,6 +23,7 @@ from fusion_core.metrics import Doubles, Floats, Ids
 from fusion_core.table import Table, to_numpy
 from fusion_core.towers import Towers
 from schemas.columns import MAX_COLUMNS, NONE, LabelRecord, LabelSpec, labels_schema
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord
 
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}")
@@ -32,7 +33,7 @@ _MAX_FILE_BYTES = 64 << 20
 _META = "meta."
 
 
-class BadLabels(ValueError):
+class BadLabels(UserError):
     """A list of labels, prompts or truths that cannot be used: what is wrong, and the remedy."""
 
 

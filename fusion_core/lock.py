@@ -24,6 +24,7 @@ from pathlib import Path
 
 from fusion_core import files
 from schemas import records
+from schemas.errors import RunError
 from schemas.job import Claim
 
 BEAT_SECONDS, STALE_SECONDS = 20.0, 300.0
@@ -31,11 +32,13 @@ _FOLDER = "lock"
 _TRIES = 6
 
 
-class Locked(RuntimeError):
+class Locked(RunError):
     """Another run is at work: which, and where."""
 
+    exit_code = 5
 
-class Lost(RuntimeError):
+
+class Lost(RunError):
     """The claim was taken from this run, which must not publish any more."""
 
 

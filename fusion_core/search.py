@@ -18,6 +18,7 @@ from fusion_core.index import BadIndex, Index, read_record
 from fusion_core.towers import Towers
 from fusion_core.vectors import Floats, Ids
 from schemas import records
+from schemas.errors import UserError
 from schemas.feature_table import InputSpec, TowerSpec
 from schemas.index import ANSWER, META
 
@@ -27,15 +28,15 @@ _CACHED_FILTERS, _CACHED_IDS = 8, 1 << 26  # half a GiB
 _PARQUET = (".parquet", ".pq")
 
 
-class WrongSpace(ValueError):
+class WrongSpace(UserError):
     """A query that cannot be compared with the index: of other towers, or lacking what the index's fuser needs."""
 
 
-class BadQuery(ValueError):
+class BadQuery(UserError):
     """A query that cannot be answered: why, and what would help."""
 
 
-class NoImage(ValueError):
+class NoImage(UserError):
     """The original picture of a row cannot be had: why, and what would help."""
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from fusion_core import files, fusers
 from schemas import records
+from schemas.errors import UserError
 from schemas.feature_table import (
     EMBEDDINGS,
     KEY_DIGEST_BYTES,
@@ -48,7 +49,7 @@ class LedgerError(RuntimeError):
     """The rows of a unit do not add up: its part is not published."""
 
 
-class TableError(ValueError):
+class TableError(UserError):
     """A place is not the table that was asked for, and why."""
 
 

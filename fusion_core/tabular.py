@@ -18,6 +18,7 @@ import pyarrow.types as pat
 
 from fusion_core import fields, files
 from fusion_core.fields import Columns, InputError, Rejected, Unreadable
+from schemas.errors import UserError
 from schemas.feature_table import InputSpec
 
 LISTING_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -57,7 +58,7 @@ class Image:
         return self.scalar.as_py()  # type: ignore[no-any-return]
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A file is not of its format."""
 
 

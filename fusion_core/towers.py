@@ -17,6 +17,7 @@ import numpy as np
 
 from fusion_core.tokens import Tokenizer
 from schemas import records
+from schemas.errors import UserError
 from schemas.feature_table import Precision, Preprocess, TableSpec, TowerSpec
 
 DEMO = "fusion-demo"  # the small model that ships with us
@@ -37,7 +38,7 @@ _LOADING = threading.Lock()
 _LOADED: dict[tuple[str, str, str, Precision], "Towers"] = {}
 
 
-class TowerError(ValueError):
+class TowerError(UserError):
     """A model, its weights, device or precision that cannot be had, and what can."""
 
 

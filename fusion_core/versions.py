@@ -75,6 +75,7 @@ def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: 
     at = now.isoformat(timespec="seconds")
     older = [item for item in before.versions if item.id != version] if before else []
     older = [replace(item, replaced_at=at) if before and item.id == before.current else item for item in older]
+    older.sort(key=lambda item: item.replaced_at != at)  # after a roll-back the last one is not the one to go back to
     _point(place, version, [IndexVersion(version, run, at, options), *older])
     stay = older[: keep - 1] + [
         item for item in older[keep - 1 :] if _seconds_since(item.replaced_at, now) < _GRACE_SECONDS
@@ -84,6 +85,16 @@ def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: 
         for item in older:
             if item not in stay:
                 discard(files.join(place, item.id))
+
+
+def forget_replaced(place: str) -> None:
+    """Removes all versions but the current one, at once: what had to leave the current one for good stands in them."""
+    found = read(place)
+    replaced = [item for item in found.versions if item.id != found.current] if found else []
+    if found and replaced:
+        _point(place, found.current, [item for item in found.versions if item.id == found.current])
+        for item in replaced:
+            discard(files.join(place, item.id))
 
 
 def restate(place: str, options: tuple[str, ...]) -> None:

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
 
+from schemas.errors import UserError
+
 MAX_CHARACTERS = 65_536
 _MAX_DEPTH = 100
 _TOKEN = re.compile(
@@ -38,7 +40,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class BadFilter(ValueError):
+class BadFilter(UserError):
     """A condition that cannot be understood: what is wrong, at which character, and what is possible."""
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fusion_core import adopt, files, table, unit
 from fusion_core.adopt import Triple
 from pipelines import progress
-from pipelines.plan import Plan, unrecorded
-from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
+from pipelines.plan import Plan, stands, unrecorded
+from schemas.feature_table import RunRecord, TableSpec
 
 
 def plan(triples: Sequence[Triple], output: str, spec: TableSpec) -> tuple[Plan, list[Triple]]:
@@ -21,22 +21,13 @@ def plan(triples: Sequence[Triple], output: str, spec: TableSpec) -> tuple[Plan,
     for triple in triples:
         known = manifest.by_unit.get(triple.unit.id)
         left = tuple(stale.get(triple.unit.id, ()))
-        if known is None or not _stands(known, triple, spec, lying):
+        if known is None or not stands(known, triple.unit, spec, lying):
             todo.append(triple)
             work.append(unit.Work(triple.unit, known, left))
         else:
             for path in left:  # of a run that died after its record was written
                 files.remove(files.join(output, path))
     return Plan(tuple(work), (), len(triples) - len(todo)), todo
-
-
-def _stands(known: ManifestRecord, triple: Triple, spec: TableSpec, lying: dict[str, int]) -> bool:
-    return (
-        not known.removed
-        and known.unit.identity == triple.unit.identity
-        and known.spec_fingerprint == spec.fingerprint
-        and table.has_parts(known, lying)
-    )
 
 
 def run(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from pipelines import options
+from schemas.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from fusion_core.opt_out import OptOut
@@ -27,7 +28,7 @@ DONE, FAILED, USAGE, TOO_MANY_DEAD, ALERT, LOCKED = 0, 1, 2, 3, 4, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 too many dead letters."""
+    """Runs one command; returns the exit code, one of those above."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
@@ -39,12 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[args.command](args, rest)
     except KeyboardInterrupt:
         _leave("interrupted: what is recorded stays; run the same command again to go on")
-    except Exception as error:
-        code = _expected(error)
-        if code is None:
-            raise
+    except (UserError, RunError, OSError) as error:
         print(f"fusion {args.command}: {error}", file=sys.stderr)
-        return code
+        return FAILED if isinstance(error, OSError) else error.exit_code
 
 
 def _recorded(arguments: Sequence[str]) -> str:
@@ -58,36 +56,6 @@ def _recorded(arguments: Sequence[str]) -> str:
         shown.append("***" if secret else f"{name}=***" if is_secret and given else files.redacted(argument))
         secret = is_secret and not given
     return " ".join(("fusion", *shown))
-
-
-def _expected(error: Exception) -> int | None:
-    """The exit code of an error that a message explains; None for one that needs a traceback."""
-    if isinstance(error, OSError) or type(error).__name__ in ("RunnerError", "Lost"):
-        return FAILED
-    if type(error).__name__ == "Locked":
-        return LOCKED
-    named = {
-        "BadPlace",
-        "InputError",
-        "TowerError",
-        "TableError",
-        "FuserError",
-        "SchemaMismatch",
-        "BadIndex",
-        "BadJob",
-        "BadQuery",
-        "WrongSpace",
-        "BadImage",
-        "BadDuplicates",
-        "BadColumns",
-        "BadEvaluation",
-        "BadExport",
-        "BadImport",
-        "BadLabels",
-        "ServeError",
-        "TrainError",
-    }
-    return USAGE if type(error).__name__ in named else None
 
 
 def _leave(message: str) -> NoReturn:
@@ -573,11 +541,18 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import replace
 
     from fusion_core import files, fusers, report, table
+    from schemas.feature_table import TableSpec
 
     source, output = table.Table.open(args.table), files.absolute(args.output)
     if output == source.place:
         raise table.TableError(f"--output {output} is the table that is read: name another place")
-    spec = replace(source.spec, fuser=None, fusion_weights=args.weights, text_tower=_text_tower(args, source, output))
+    spec = replace(
+        source.spec,
+        fuser=None,
+        fusion_weights=args.weights,
+        text_tower=_text_tower(args, source, output),
+        schema_version=TableSpec.schema_version,
+    )
     fuser = fusers.parse(args.fuser, spec.tower.embedding_dim, spec.backbone) if args.fuser else None
     spec = replace(spec, fuser=fuser.spec if fuser else None)
 

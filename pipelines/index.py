@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from fusion_core import build, files
 from fusion_core.build import IndexJob
 from fusion_core.clock import Clock
-from fusion_core.index import BadIndex, Index
+from fusion_core.index import Index
 from fusion_core.table import Table
 from pipelines.runner import Knobs
+from schemas.errors import RunError
 from schemas.index import IndexRecord
 
 
@@ -27,7 +28,7 @@ def run(
 ) -> IndexRecord:
     """The record of the index of `table` that now stands at the job's place.
 
-    Raises BadIndex, naming why, where pieces are missing at the end: the same command goes on from what is done.
+    Raises RunError, naming why, where pieces are missing at the end: the same command goes on from what is done.
     """
     clock = Clock(log, "index")
     planned = build.plan(job, table, clock)
@@ -35,7 +36,7 @@ def run(
         with clock.stage("add"):
             failed = _add(job, planned, knobs, beam_options)
         if failed:
-            raise BadIndex(f"{len(failed)} of {len(planned.work)} pieces failed; the first: {failed[0]}")
+            raise RunError(f"{len(failed)} of {len(planned.work)} pieces failed; the first: {failed[0]}")
     record = build.finish(job, planned, clock)
     if files.is_local(job.place):  # what was written can be opened, and is of this table
         Index.open(job.place, verify=False).check_table(table)

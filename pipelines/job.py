@@ -18,6 +18,7 @@ from typing import Any
 
 from fusion_core import files, shards, versions
 from pipelines import options
+from schemas.errors import UserError
 from schemas.feature_table import EMBEDDINGS, InputSpec
 from schemas.job import IndexStep, JobSpec, Limits
 
@@ -41,7 +42,7 @@ _FUSERS = ("weighted_sum", "concat", "hadamard")
 Parse = Callable[[Sequence[str]], tuple[argparse.Namespace, list[str]]]
 
 
-class BadJob(ValueError):
+class BadJob(UserError):
     """A job file that cannot be run: file, key, value and remedy."""
 
 
@@ -236,6 +237,8 @@ def check_places(path: str, spec: JobSpec) -> None:
         if value.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(value)):
             raise BadJob(f"{path}: [embed] {key} = {_shown(value)}: there is no such file or folder")
     _check_fuser(path, "embed", embed.fuser)
+    if embed.opt_out not in (None, "none") and files.stat(files.absolute(embed.opt_out)) is None:
+        raise BadJob(f"{path}: [embed] opt-out = {_shown(embed.opt_out)}: there is no such file")
     if spec.fuse is not None:
         fuse = options.build().parse_known_args(["fuse", "x", "--output=x", *spec.fuse])[0]
         _check_fuser(path, "fuse", fuse.fuser)

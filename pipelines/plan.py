@@ -74,7 +74,7 @@ def compare(
         if not _is_in(share, item.id):
             continue
         record = manifest.by_unit.get(item.id)
-        if record and _stands(record, item, spec, lying) and not redo(record) and not _lets_back(keys, record):
+        if record and stands(record, item, spec, lying) and not redo(record) and not _lets_back(keys, record):
             skipped += 1
             litter += stale.get(item.id, ())  # left by a run that died after its record was written
         else:
@@ -106,7 +106,7 @@ def _lets_back(keys: OptOut, record: ManifestRecord) -> bool:
     return bool(record.opted_out) and not keys.holds(table.digests_of(record)).all()
 
 
-def _stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
+def stands(record: ManifestRecord, item: Unit, spec: TableSpec, lying: dict[str, int]) -> bool:
     """Whether a record still speaks of this input, this kind of table, and parts that are there."""
     return (
         not record.removed

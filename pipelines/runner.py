@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fusion_core import shards
+from schemas.errors import RunError
 
 if TYPE_CHECKING:  # a run that finds little to do is over before they would be imported
     import apache_beam as beam
     import grpc
 
 
-class RunnerError(RuntimeError):
+class RunnerError(RunError):
     """A job that a cluster gave up, or that never reached it. What is recorded stays."""
 
 

@@ -33,6 +33,7 @@ from fusion_core import alerts, files, lock, table, versions
 from fusion_core.table import Table
 from pipelines import job
 from schemas import records
+from schemas.errors import RunError, UserError
 from schemas.feature_table import ManifestRecord
 from schemas.index import IndexRecord
 from schemas.index_evaluation import IndexEvaluation
@@ -47,11 +48,11 @@ from schemas.job import (
     TableState,
 )
 
-DONE, FAILED, ALERT, LOCKED = 0, 1, 4, 5
+DONE, FAILED, ALERT = 0, 1, 4
 _BASELINE = "published.json"
 _LINES = 12  # of what a stage said that are kept when it failed
-_UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("rows_in", pa.int64()), ("rows_out", pa.int64()),
-                    ("rows_dead", pa.int64())])  # fmt: skip
+_UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("left_out", pa.string()), ("rows_in", pa.int64()),
+                    ("rows_out", pa.int64()), ("rows_dead", pa.int64())])  # fmt: skip
 _PACKAGES = ("fusion-features", "apache-beam", "torch", "open_clip_torch", "faiss-gpu", "pyarrow")
 
 
@@ -99,6 +100,7 @@ class _Run:
         self._spec, self._own, self._hold, self._quiet = spec, own, hold, quiet
         self._started = time.monotonic()
         self._state: Any = "unchanged"
+        self._is_erased = False  # keys were opted out whose rows the published indexes have
 
     def execute(self) -> JobRun:
         """Does it all; the record has the exit code."""
@@ -110,7 +112,7 @@ class _Run:
         except KeyboardInterrupt:
             self._end("interrupted", FAILED, "interrupted: what is recorded stays; run the same command again to go on")
             raise
-        except (OSError, lock.Lost, table.TableError, records.SchemaMismatch) as error:
+        except (OSError, UserError, RunError) as error:
             return self._end("failed", FAILED, f"{type(error).__name__}: {error}")
         except BaseException as error:
             self._end("failed", FAILED, f"{type(error).__name__}: {error}")
@@ -202,7 +204,15 @@ class _Run:
 
     def _add_index(self, step: IndexStep, place: str, record: IndexRecord, state: Any) -> None:
         found = IndexState(
-            step.name, place, state, record.rows_indexed, record.size_bytes, record.recalls, _evaluated(place)
+            step.name,
+            place,
+            state,
+            record.rows_indexed,
+            record.size_bytes,
+            record.recalls,
+            _evaluated(place),
+            record.rows_added,
+            record.rows_removed,
         )
         self._record(indexes=(*self._own.indexes, found))
 
@@ -212,9 +222,11 @@ class _Run:
         """Records the table as it is, and what of it is new since the last published run, whose figures it returns."""
         _write_units(self._spec.output, self._own.id, embedded)
         baseline = _read_baseline(self._spec.output)
-        known = baseline[1] if baseline else {}
+        known, left_out = baseline[1:] if baseline else ({}, {})
         new, gone = [], dict(known)
         for record in embedded.records:
+            if record.unit.id in known and record.opted_out:
+                self._is_erased |= left_out.get(record.unit.id) != _left_out(record)
             if gone.pop(record.unit.id, None) != _parts(record):
                 new.append(record)
                 gone |= {record.unit.id: known[record.unit.id]} if record.unit.id in known else {}
@@ -235,6 +247,7 @@ class _Run:
             rows_new=sum(record.rows_out for record in new),
             rows_dead_new=sum(record.rows_dead for record in new),
             rows_gone=rows_gone,
+            rows_opted_out=embedded.rows_opted_out,
         )
         self._record(baseline=baseline[0].id if baseline else "", table=state, similarity=of_all, similarity_new=of_new)
         if baseline is None or baseline[0].table is None or baseline[0].similarity is None:
@@ -278,6 +291,8 @@ class _Run:
                 item, self._state = replace(item, state="published"), "published"
             done.append(item)
         self._record(indexes=tuple(done))
+        for step in self._spec.indexes if self._is_erased else ():
+            versions.forget_replaced(job.index_place(output, step.name))
         files.write_bytes(output, _BASELINE, records.to_json(Baseline(self._own.id)))
         _remove_old_units(self._spec, self._own.id)
         files.remove_stale_temporaries(output)
@@ -356,21 +371,33 @@ def _parts(record: ManifestRecord) -> str:
     return " ".join(table.part_paths(record))
 
 
+def _left_out(record: ManifestRecord) -> str:
+    """What tells which keys of a unit are opted out; empty where none is."""
+    return hashlib.sha256(record.opted_out).hexdigest() if record.opted_out else ""
+
+
 def _units_place(output: str, run: str) -> str:
     return files.join(output, "runs", f"{run}-units.parquet")
 
 
-def _read_baseline(output: str) -> tuple[JobRun, dict[str, str]] | None:
-    """The last published run, and its units' parts; None where there is none, or its record is gone."""
+def _read_baseline(output: str) -> tuple[JobRun, dict[str, str], dict[str, str]] | None:
+    """The last published run, its units' parts, and what some of them left out; None where there is none, or its
+    record is gone.
+    """
     where = files.join(output, _BASELINE)
     try:
         run_id = records.from_json(Baseline, files.read_bytes(where), where).run
         run = read_run(output, run_id)
         with files.open_input(_units_place(output, run_id)) as stream:
-            units = pq.read_table(stream, columns=["unit", "parts"])
+            units = pq.read_table(stream, columns=["unit", "parts", "left_out"])
     except FileNotFoundError:
         return None
-    return run, dict(zip(units["unit"].to_pylist(), units["parts"].to_pylist(), strict=True))
+    some = units.filter(pa.compute.not_equal(units["left_out"], ""))
+    parts, left_out = (
+        dict(zip(found["unit"].to_pylist(), found[name].to_pylist(), strict=True))
+        for found, name in ((units, "parts"), (some, "left_out"))
+    )
+    return run, parts, left_out
 
 
 def _rows_of(output: str, run: str, units: Iterable[str]) -> int:
@@ -387,6 +414,7 @@ def _write_units(output: str, run: str, embedded: Table) -> None:
     columns = {
         "unit": [record.unit.id for record in held],
         "parts": [_parts(record) for record in held],
+        "left_out": [_left_out(record) for record in held],
         **{name: [getattr(record, name) for record in held] for name in ("rows_in", "rows_out", "rows_dead")},
     }
     with files.PendingFile(output) as pending:
@@ -445,8 +473,9 @@ def text(run: JobRun) -> str:
         lines.append(f"  {stage.name}: {stage.state}{took}")
     if run.table:
         of = run.table
+        left_out = f" + {of.rows_opted_out:,} opted out" if of.rows_opted_out else ""
         lines.append(
-            f"  table: {of.rows_in:,} samples = {of.rows_out:,} rows + {of.rows_dead:,} dead letters; new: "
+            f"  table: {of.rows_in:,} samples = {of.rows_out:,} rows + {of.rows_dead:,} dead letters{left_out}; new: "
             f"{of.rows_new:,} rows, {of.rows_dead_new:,} dead letters; gone: {of.rows_gone:,} rows"
         )
     lines += [f"  index {item.name}: {item.state}, {item.rows_indexed:,} rows, {item.place}" for item in run.indexes]

@@ -40,6 +40,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fusion_core import images
 from fusion_core.search import BadQuery, NoImage, Query, Searcher, fetch_image
 from pipelines.connection import Connection, Patience
+from schemas.errors import UserError
 from schemas.index import META
 
 MIN_TOKEN_CHARACTERS = 16
@@ -70,7 +71,7 @@ _SHOWN = ("rank", "score", "id", "key", "caption", "url", "width", "height", "si
 _logger = logging.getLogger("fusion.serve")
 
 
-class ServeError(ValueError):
+class ServeError(UserError):
     """A server that cannot be started: why, and what would help."""
 
 

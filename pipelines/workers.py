@@ -181,7 +181,6 @@ def attempt(
     decoding: Callable[[int], None] = lambda row: None,
 ) -> ManifestRecord | Failure:
     """Runs a unit in this process: its record, or why it failed, tried again while storage may only have stumbled."""
-    batch = order.batch or model.batch
     told = 0
 
     def count(n: int) -> None:

@@ -73,7 +73,7 @@ class TableSpec:
     fusion_weights: bool = False  # since 1.1: a column says how much each modality weighed in a row
     imported: str = ""  # since 1.1: the layout whose vectors these are; then no row was embedded by us
     text_tower: TowerSpec | None = None  # since 1.1: what embedded the captions, where `tower` did the images only
-    schema_version: str = records.VERSION
+    schema_version: str = "1.1"
 
     @property
     def backbone(self) -> str:
@@ -89,9 +89,10 @@ class TableSpec:
 
     @property
     def decisive(self) -> "TableSpec":
-        """The spec without what only tells where things were found."""
+        """The spec without what only tells where things were found, or which release wrote it."""
         text = self.text_tower and replace(self.text_tower, model="", pretrained="")
-        return replace(self, tower=replace(self.tower, model="", pretrained=""), text_tower=text)
+        tower = replace(self.tower, model="", pretrained="")
+        return replace(self, tower=tower, text_tower=text, schema_version=records.VERSION)
 
     @property
     def fingerprint(self) -> str:
@@ -141,7 +142,7 @@ class ManifestRecord(msgspec.Struct, frozen=True, gc=False):
     rows_opted_out: int = 0  # since 1.1, as what follows: samples left out because of their keys
     opted_out: bytes = b""  # of those keys, the first 16 bytes of the SHA-256 of each, sorted
     opt_out_sha256: str = ""  # of the list of which the unit holds no key; empty: of none
-    schema_version: str = records.VERSION
+    schema_version: str = "1.1"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class RunRecord:
     samples_planned: int | None = None
     state: Literal["running", "done", "failed", "interrupted"] = "running"
     failures: tuple[str, ...] = ()
-    schema_version: str = records.VERSION
+    schema_version: str = "1.1"
 
 
 def features_schema(spec: TableSpec) -> pa.Schema:

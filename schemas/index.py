@@ -48,6 +48,11 @@ class Training:
         ""  # since 1.2: SHA-256 of the queries as they were drawn; those whose row left are no more in `queries`
     )
 
+    @property
+    def files(self) -> tuple[Part, ...]:
+        """All there are."""
+        return tuple(part for part in (self.trained, self.trained_refine, self.queries) if part)
+
 
 @dataclass(frozen=True)
 class IndexShard:
@@ -122,10 +127,7 @@ class IndexRecord:
     def files(self) -> tuple[Part, ...]:
         """Every file that the index owns."""
         found = [self.vectors, self.meta, *(part for shard in self.shards for part in shard.files)]
-        if self.training:
-            found += [
-                part for part in (self.training.trained, self.training.trained_refine, self.training.queries) if part
-            ]
+        found += self.training.files if self.training else ()
         return tuple(dict.fromkeys(found))
 
     @property

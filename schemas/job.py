@@ -76,7 +76,9 @@ class IndexVersion:
 
 @dataclass(frozen=True)
 class IndexVersions:
-    """Which version of an index is current (current.json); replaced as a whole. The newest version comes first."""
+    """Which version of an index is current (current.json); replaced as a whole. A version comes before those that it
+    replaced.
+    """
 
     current: str
     versions: tuple[IndexVersion, ...]
@@ -120,6 +122,7 @@ class TableState:
     rows_new: int
     rows_dead_new: int
     rows_gone: int
+    rows_opted_out: int = 0  # samples left out because of their keys
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class IndexState:
     size_bytes: int
     recalls: tuple[Recall, ...] = ()
     evaluated: tuple[MeasuredRecall, ...] = ()
+    rows_added: int = 0  # as index.json has them
+    rows_removed: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from schemas.errors import UserError
+
 VERSION = "1.0"
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for bytes that are none
 
 RecordT = TypeVar("RecordT")
 
 
-class SchemaMismatch(ValueError):
+class SchemaMismatch(UserError):
     """A file does not hold the record, version or columns that its reader expects."""
 
 

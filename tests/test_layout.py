@@ -1,6 +1,7 @@
 """The house: imports point down, and each heavy dependency has one door that `fusion --help` does not open."""
 
 import ast
+import builtins
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,18 @@ def test_the_packages_that_setuptools_ships_are_all_there_are() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in modules() if path.name == "__init__.py"}
     assert set(listed) == found
+
+
+CAUGHT_INSIDE = {"_Cut", "Rejected", "InputChanged", "LedgerError", "_Stopped", "Refused"}
+
+
+def test_errors_end_with_a_message_or_are_caught_inside() -> None:
+    """Whoever reaches the command line as none of these two prints a traceback."""
+    bases = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    builtin = {name for name in dir(builtins) if name.endswith(("Error", "Exception"))}
+    assert {name for name in bases if bases[name] & builtin} == CAUGHT_INSIDE | {"UserError", "RunError"}

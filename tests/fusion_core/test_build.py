@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fusion_core.index import BadIndex, Index, Rows
 from fusion_core.table import Table
 from fusion_core.vectors import Kind
 from schemas.dedup import DedupSpec
+from schemas.errors import RunError
 from tests.fusion_core.test_index import brute_force, pairs, write_table
 
 DIM, ROWS, PART_ROWS = 64, 3200, 400
@@ -364,6 +366,7 @@ def test_draws_are_distinct_rows_that_have_the_column(world: Any, size: int, mon
 
 _FUZZ = """
 import shutil, sys, warnings
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from fusion_core.index import BadIndex, Index
@@ -419,7 +422,27 @@ def test_types_that_are_not_ours_are_refused(text: str) -> None:
 def test_an_index_that_was_cut_off_names_the_missing_piece(world: Any, tmp_path: Path) -> None:
     job, clock = build.IndexJob(str(tmp_path), **options()), Clock(lambda line: None, "index")
     planned = build.plan(job, world[0], clock)
-    with pytest.raises(BadIndex, match="is missing: run the same command again"):
+    with pytest.raises(RunError, match="is missing: run the same command again"):
         build.finish(job, planned, clock)
     assert not files.stat(files.join(str(tmp_path), index.RECORD))
     assert tables.Table.open(world[0].place).num_rows == ROWS
+
+
+def test_nothing_stays_of_runs_that_died_before_rows_left(world: Any, tmp_path: Path) -> None:
+    def died(table: Table, adding: bool) -> None:
+        planned = build.plan(job, table, clock)
+        for piece in planned.work if adding else ():
+            build.add(job, table.place, table.spec, planned.training, piece)
+
+    def lying() -> set[str]:
+        return {path.name for path in tmp_path.iterdir() if path.is_file()}
+
+    job, clock = build.IndexJob(str(tmp_path), **options("Flat")), Clock(lambda line: None, "index")
+    whole, fewer = world[0], replace(world[0], records=world[0].records[1:])
+    died(whole, adding=False)  # its queries were drawn from all rows
+    record = build.build(fewer, str(tmp_path), **options("Flat"))
+    assert lying() == {index.RECORD, *(part.path for part in record.files)}
+    died(whole, adding=True)
+    assert len(lying()) > 1 + len(record.files)
+    assert build.build(fewer, str(tmp_path), **options("Flat")) == record, "there is nothing to do"
+    assert lying() == {index.RECORD, *(part.path for part in record.files)}

@@ -80,6 +80,22 @@ def test_what_is_no_list_is_refused(tmp_path: Path, name: str | None, data: byte
         opt_out.load(str(tmp_path / "list"), "0" * 64)
 
 
+def test_a_worker_reads_the_list_once(tmp_path: Path) -> None:
+    keys = write_list(tmp_path / "list", ["a", "b"])
+    (tmp_path / "list").unlink()
+    assert opt_out.load(keys.place, keys.sha256) is keys
+
+
+def test_units_are_looked_at_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt_out, "_UNITS_AT_ONCE", 2)
+    for number in range(5):
+        write_unit(tmp_path / "table", toy_unit(f"unit-{number}", f"/{number}.tar"), range(number + 2))
+    keys, place = write_list(tmp_path / "list", ["k2"]), str(tmp_path / "table")
+    swept = opt_out.sweep(place, SPEC, table.Table.open(place).records, keys)
+    assert (swept.rows, swept.clean, swept.failures) == (4, {"unit-0": 0}, ())
+    assert [part.rows for part in table.Table.open(place).parts] == [2, 2, 3, 4, 5]
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)), st.sets(st.integers(0, 59)))
 def test_what_is_taken_out_is_as_if_it_had_never_been_there(

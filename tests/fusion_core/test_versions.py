@@ -79,6 +79,29 @@ def test_rolling_back_goes_one_version_back_at_a_time(table: Table, tmp_path: Pa
     assert versions.standing(str(tmp_path)) == str(tmp_path / IDS[3])
 
 
+def test_after_rolling_back_the_version_that_was_left_is_not_gone_back_to(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "_GRACE_SECONDS", -1.0)
+    for version in IDS[:2]:
+        publish(table, tmp_path, version)
+    versions.roll_back(str(tmp_path))
+    publish(table, tmp_path, IDS[2])
+    assert folders(tmp_path) == [IDS[0], IDS[2]]
+    earlier = versions.roll_back(str(tmp_path))
+    assert earlier and earlier.id == IDS[0]
+
+
+def test_what_was_replaced_is_forgotten_at_once(table: Table, tmp_path: Path) -> None:
+    versions.forget_replaced(str(tmp_path))
+    for version in IDS[:3]:
+        publish(table, tmp_path, version, keep=3)
+    versions.forget_replaced(str(tmp_path))
+    assert folders(tmp_path) == [IDS[2]] and versions.candidates(str(tmp_path)) == []
+    assert index.Index.open(str(tmp_path)).record.rows_indexed == 60
+    assert versions.roll_back(str(tmp_path)) is None
+
+
 def test_a_candidate_is_gone_on_with_and_an_older_one_removed(table: Table, tmp_path: Path) -> None:
     first = publish(table, tmp_path, IDS[0])
     for left in IDS[1:3]:

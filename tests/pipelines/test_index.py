@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from fusion_core import build
-from fusion_core.index import BadIndex, Index
+from fusion_core.index import Index
 from fusion_core.table import Table
 from pipelines import cli
 from pipelines import index as job
 from pipelines.runner import Knobs
+from schemas.errors import RunError
 from tests.fusion_core.test_index import pairs, write_table
 
 DIM = 32
@@ -48,7 +49,7 @@ def test_pieces_that_failed_are_told_and_the_others_are_not_done_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "add", failing)
-        with pytest.raises(BadIndex, match=r"1 of 6 pieces failed; the first: OSError: the disk is gone"):
+        with pytest.raises(RunError, match=r"1 of 6 pieces failed; the first: OSError: the disk is gone"):
             job.run(asked, table, Knobs(workers=2))
     assert len(set(done)) == 5
     monkeypatch.setattr(build, "add", lambda *args: (done.append(args[-1].name), add(*args))[1])

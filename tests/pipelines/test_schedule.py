@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fusion_core import index, lock, versions
+from fusion_core import build, index, lock, versions
 from fusion_core.demo.shards import write_shards
 from pipelines import cli, schedule
 from pipelines.schedule import Ended
@@ -214,6 +214,56 @@ def test_a_stage_that_fails_ends_the_run_with_its_code(job: Job, monkeypatch: py
         assert "a:b" not in run.stages[-1].why + job.said.err and "no space" in run.message
     monkeypatch.setattr(schedule, "apart", inside)
     assert job.run().state == "published"
+
+
+def test_what_was_added_is_kept_where_storage_failed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.write(JOB)
+
+    def fail(*_: Any) -> None:
+        raise OSError("the storage stumbled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "add", fail)
+        job.run(1)
+        assert "1 of 1 pieces failed; the first: OSError: the storage stumbled" in job.said.err
+    (candidate,) = versions.candidates(str(job.root))
+    assert list((job.root / candidate).glob("training-*.json")), "what is done is not done again"
+    assert job.run().state == "published" and job.current == candidate
+
+
+def holding(folder: Path, texts: Sequence[str]) -> list[Path]:
+    """The files in which one of the texts stands."""
+    lying = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in lying if any(text.encode() in path.read_bytes() for text in texts)]
+
+
+def test_keys_that_are_opted_out_leave_all_that_stands(job: Job) -> None:
+    more = '[[index]]\nname = "captions"\ncolumn = "text_embedding"\nworkers = 1\n'
+    job.write(JOB + more)
+    first = job.run()
+    kept = index.Index.open(str(job.root)).meta([0, 13]).to_pylist()
+    assert len(holding(job.root, [row["caption"] for row in kept])) >= 1
+
+    listed = JOB.replace("[embed]", '[embed]\nopt-out = "keys.txt"\nremove-missing = "60%"')
+    job.write(listed + more)
+    assert cli.main(["run", str(job.folder / "job.toml")]) == 2
+    assert 'opt-out = "keys.txt": there is no such file' in job._capsys.readouterr().err
+    (job.folder / "keys.txt").write_text(kept[0]["key"] + "\n")
+    second = job.run()
+    assert (second.state, job.rows) == ("published", 23)
+    assert second.table and (second.table.rows_in, second.table.rows_out, second.table.rows_opted_out) == (24, 23, 1)
+    assert {(item.rows_added, item.rows_removed) for item in second.indexes} == {(0, 1)}
+    assert "24 samples = 23 rows + 0 dead letters + 1 opted out" in schedule.text(second)
+    assert holding(job.folder / "out" / "indexes", [kept[0]["caption"]]) == []
+    assert not (job.root / first.id).exists(), "nor can one roll back to what has it"
+    assert cli.main(["run", str(job.folder / "job.toml"), "--rollback"]) == 0
+    assert job._capsys.readouterr().out.count("no earlier version is kept") == 2
+
+    sorted((job.folder / "shards").iterdir())[1].unlink()
+    third = job.run()
+    assert third.table and (third.table.rows_out, third.table.rows_gone, third.table.rows_opted_out) == (11, 12, 1)
+    assert {item.rows_removed for item in third.indexes} == {12}
+    assert (job.root / second.id).exists(), "a shard that is gone is no key that opted out"
 
 
 def test_one_run_at_a_time(job: Job) -> None:

@@ -61,6 +61,8 @@ def test_the_fingerprint_follows_what_decides_the_rows_only() -> None:
 
 def test_the_fingerprint_of_version_1_never_changes() -> None:
     # A table's records carry it: were it to change, every table would look like another job's.
+    for version in ("1.0", "1.9"):
+        assert dataclasses.replace(SPEC, schema_version=version).fingerprint == SPEC.fingerprint
     assert SPEC.fingerprint == "33250edf58e48c69a56696478a2c00dc16d2f730372bd9e2464cfd4a2c6bf0a0"
 
 
