@@ -445,15 +445,20 @@ def text(run: JobRun) -> str:
         lines.append(f"  {stage.name}: {stage.state}{took}")
     if run.table:
         of = run.table
+        out = of.rows_in - of.rows_out - of.rows_dead  # the ledger closes
         lines.append(
-            f"  table: {of.rows_in:,} samples = {of.rows_out:,} rows + {of.rows_dead:,} dead letters; new: "
+            f"  table: {of.rows_in:,} samples = {of.rows_out:,} rows + {of.rows_dead:,} dead letters"
+            f"{f' + {out:,} opted out' if out else ''}; new: "
             f"{of.rows_new:,} rows, {of.rows_dead_new:,} dead letters; gone: {of.rows_gone:,} rows"
         )
     lines += [f"  index {item.name}: {item.state}, {item.rows_indexed:,} rows, {item.place}" for item in run.indexes]
     for alert in run.alerts:
         verdict = "TRIPPED" if alert.tripped else "not judged" if alert.figure is None else "kept"
         figure = "" if alert.figure is None else f" {alert.figure:g}{alert.unit and ' '}{alert.unit}"
-        lines.append(f"  {alert.name} {alert.limit:g}{alert.unit and ' '}{alert.unit}: {verdict}:{figure} {alert.of}")
+        beyond = alert.figure is not None and alert.figure > alert.limit and not alert.name.startswith("min-")
+        why = f" ({alert.why})" if beyond else ""  # what chance explains is kept, beyond the limit or not
+        limit = f"{alert.limit:g}{alert.unit and ' '}{alert.unit}"
+        lines.append(f"  {alert.name} {limit}: {verdict}:{figure} {alert.of}{why}")
     return "\n".join([*lines, *([f"  {run.message}"] if run.message else [])])
 
 
