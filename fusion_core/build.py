@@ -190,6 +190,8 @@ def _check_request(job: IndexJob, table: Table) -> IndexRecord | None:
         raise ValueError(f"target recall must lie above 0 and not above 1, got {job.target_recall}")
     if not 0 <= job.max_bytes_per_vector < math.inf:
         raise ValueError(f"bytes for a vector must be a number from 0 on, got {job.max_bytes_per_vector}")
+    if files.stat(files.join(job.place, "table.json")):
+        raise index.BadIndex(f"{job.place} is a feature table: name another folder for the index")
     before = None
     if files.stat(files.join(job.place, index.RECORD)):
         before = index.read_record(job.place)  # refuses to replace what is not an index of ours

@@ -64,7 +64,9 @@ def join(place: str, *names: str) -> str:
 
 
 def absolute(place: str) -> str:
-    """The place in the one form that is stored: an absolute path, or the URI as it is."""
+    """The place in the one form that is stored: an absolute path, or the URI as it is. Raises BadPlace."""
+    if not place:  # of a variable that is not set; the folder one happens to be in is not meant
+        raise BadPlace("the name of a place is empty: name a file, a folder or a URI")
     _check_no_credentials(place)
     if place.startswith("file://"):
         place = place[len("file://") :]

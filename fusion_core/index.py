@@ -398,6 +398,10 @@ def read_record(place: str) -> IndexRecord:
     try:
         record = records.from_json(IndexRecord, files.read_bytes(where), where)
     except FileNotFoundError as error:
+        if files.stat(files.join(place, "table.json")):
+            raise BadIndex(
+                f"{place} is a feature table: `fusion index {place} --output INDEX` makes its index"
+            ) from error
         raise BadIndex(f"there is no index at {place}: build one with `fusion index TABLE --output {place}`") from error
     except records.SchemaMismatch as error:
         raise BadIndex(str(error)) from error

@@ -69,6 +69,8 @@ def claim(place: str, spec: TableSpec) -> TableSpec:
 
     Raises TableError naming every difference when the table there holds another kind of rows.
     """
+    if files.stat(place):
+        raise TableError(f"{place} is a file: name a folder")
     existing = read_spec(place)
     if existing is None:
         strangers = [entry.place for entry in files.list_files(place) if not entry.place.endswith(".html")]

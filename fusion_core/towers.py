@@ -389,9 +389,9 @@ def _find(model: str, pretrained: str) -> _Source:
         open_clip.add_model_config(path)
         model = path.stem
     if model not in open_clip.list_models():
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.5)
+        near = difflib.get_close_matches(model, [DEMO, *open_clip.list_models()], n=4, cutoff=0.5)
         raise TowerError(
-            f"no model {model!r}: " + (f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()")
+            f"no model {model!r}: " + (f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models().")
             + " A folder with open_clip_config.json, a model-config JSON and hf-hub:… are possible, too"
         )  # fmt: skip
     return _find_weights(model, pretrained)

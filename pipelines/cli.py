@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command not in ("embed", "retry", "verify", "index", "fuse"):
-        parser.error(f"{args.command} has no option {rest[0]}")
+        print(f"fusion {args.command}: {_unknown(args, rest[0])}; see fusion {args.command} --help", file=sys.stderr)
+        return USAGE
     _quieten()
     args.arguments = arguments
     try:
@@ -41,8 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _leave("interrupted: what is recorded stays; run the same command again to go on")
     except (UserError, RunError, OSError) as error:
-        print(f"fusion {args.command}: {error}", file=sys.stderr)
+        print(f"fusion {args.command}: {error}{_no_room(error, args)}", file=sys.stderr)
         return FAILED if isinstance(error, OSError) else error.exit_code
+
+
+def _unknown(args: argparse.Namespace, word: str) -> str:
+    import difflib
+
+    if not word.startswith("-"):
+        return f"{word!r} is one argument too many (a name with spaces or * stands in quotes)"
+    options = ["--" + name.replace("_", "-") for name in vars(args)]
+    near = difflib.get_close_matches(word.partition("=")[0], options, n=2)
+    return f"no option {word}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
 def _recorded(arguments: Sequence[str]) -> str:
@@ -56,6 +67,18 @@ def _recorded(arguments: Sequence[str]) -> str:
         shown.append("***" if secret else f"{name}=***" if is_secret and given else files.redacted(argument))
         secret = is_secret and not given
     return " ".join(("fusion", *shown))
+
+
+def _no_room(error: Exception, args: argparse.Namespace) -> str:
+    """Where and what now, of a full disk: the error itself often names no file."""
+    import errno
+    import tempfile
+
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    place = getattr(args, "output", "")
+    where = " or ".join(filter(None, (place, f"the temporary folder {tempfile.gettempdir()}")))
+    return f": make room at {where}, and run the same command again"
 
 
 def _leave(message: str) -> NoReturn:
@@ -169,10 +192,10 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     if not broken:
         print(f"{feature_table.place}: no dead letters")
         return DONE
-    _prepare(args, rest)
-    towers.for_spec(spec.tower, args.device, args.pretrained)
     keys, place = _opt_out(args), feature_table.place
     planned = plan.compare(broken, place, spec, redo=lambda record: record.rows_dead > 0, keys=keys)
+    _prepare(args, rest)
+    towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
@@ -327,10 +350,10 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     broken = sorted(set(table.shards_of(place, units)))
     if not broken:
         return DONE
-    _prepare(args, rest)
-    towers.for_spec(spec.tower, args.device, args.pretrained)
     keys = _opt_out(args)
     planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units, keys=keys)
+    _prepare(args, rest)
+    towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
 
 
@@ -360,9 +383,11 @@ def _index(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"fusion index: {error}", file=sys.stderr)
         return USAGE
     report.write(feature_table, place, "Retrieval index", index=record)
-    rows, parameters = f"{record.rows_indexed:,} of {record.rows_table:,} rows", record.parameters or ""
-    size = record.size_bytes / max(1, record.rows_indexed)
-    print(f"{args.output}: {rows}, {record.factory} {parameters}, {size:.0f} bytes for a vector")
+    rows, kind = f"{record.rows_indexed:,} of {record.rows_table:,} rows", f"{record.factory} {record.parameters or ''}"
+    size = f", {record.size_bytes / record.rows_indexed:.0f} bytes for a vector" if record.rows_indexed else ""
+    print(f"{args.output}: {rows}, {kind.rstrip()}{size}")
+    if not record.rows_indexed:
+        print(f"no row that is kept has a vector in {args.column}: searches will find nothing", file=sys.stderr)
     for found in record.recalls:
         measured = f"{found.recall:.4f} (n={found.n_queries})"
         print(f"  recall@{found.k} of {found.queries} queries against exact search: {measured}")
@@ -585,7 +610,12 @@ def _text_tower(args: argparse.Namespace, source: "Table", output: str) -> "Towe
             raise table.TableError("nothing to do: name a --fuser, a --text-model or both")
         return source.spec.text_tower
     existing = table.read_spec(output)
-    tower = _tower(args, args.text_model, args.text_pretrained, existing.text_tower if existing else None)
+    from fusion_core import towers
+
+    try:
+        tower = _tower(args, args.text_model, args.text_pretrained, existing.text_tower if existing else None)
+    except towers.TowerError as error:  # its words are those of `embed`
+        raise towers.TowerError(str(error).replace("--pretrained", "--text-pretrained")) from error
     ours, theirs = source.spec.tower.embedding_dim, tower.embedding_dim
     if ours != theirs:
         raise table.TableError(

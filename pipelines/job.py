@@ -163,7 +163,9 @@ def _parse(path: str, name: str, section: Mapping[str, Any], parse: Parse) -> ar
     except SystemExit:
         message = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         key = message.removeprefix("argument ").partition(":")[0].lstrip("-")
-        if key in section:
+        if key in section and "ignored explicit argument" in message:
+            message = f"{key} = {_shown(section[key])}: it must be true or false"
+        elif key in section:
             message = f"{key} = {_shown(section[key])}: {message.partition(': ')[2]}"
         raise BadJob(f"{where} {message.replace('--', '')}") from None
     known = [key.replace("_", "-") for key in vars(args) if key not in _POSITIONAL]
@@ -225,7 +227,14 @@ def _check_columns(path: str, spec: JobSpec) -> None:
 
 
 def check_places(path: str, spec: JobSpec) -> None:
-    """Raises BadJob where something that the job reads is not there. Run in the job file's folder."""
+    """Raises BadJob where something that the job reads is not there, or a table where it writes. Run in the job file's
+    folder.
+    """
+    if files.stat(files.join(spec.output, "table.json")):
+        raise BadJob(
+            f"{path}: output = {_shown(spec.output)} is a feature table: name a folder for the job, which holds its "
+            "table and its indexes"
+        )
     embed = options.build().parse_known_args(["embed", "--output=x", *spec.embed])[0]
     inputs = InputSpec(**{name: getattr(embed, name) for name in InputSpec.__dataclass_fields__})
     try:

@@ -108,7 +108,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-index", type=int, default=0, help="which of several launchers on one table this is")
     parser.add_argument("--num-shards", type=positive, default=1, help="how many launchers share the table")
     parser.add_argument(
-        "--remove-missing", type=share, nargs="?", const=(10.0, True), metavar="N|P%%",
+        "--remove-missing", type=share, nargs="?", const=(10.0, True), metavar="N|P%",
         help="have what came from shards that are not in the input any more leave the table; refused, with nothing "
         "done, if those are more than so many samples of the table (default: 10%%)",
     )  # fmt: skip
@@ -144,7 +144,7 @@ def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-dead-letters",
         type=share,
-        metavar="N|P%%",
+        metavar="N|P%",
         help="exit with 3 when the table has more dead letters than this",
     )
     parser.add_argument(

@@ -482,7 +482,10 @@ def text(run: JobRun) -> str:
     for alert in run.alerts:
         verdict = "TRIPPED" if alert.tripped else "not judged" if alert.figure is None else "kept"
         figure = "" if alert.figure is None else f" {alert.figure:g}{alert.unit and ' '}{alert.unit}"
-        lines.append(f"  {alert.name} {alert.limit:g}{alert.unit and ' '}{alert.unit}: {verdict}:{figure} {alert.of}")
+        beyond = alert.figure is not None and alert.figure > alert.limit and not alert.name.startswith("min-")
+        why = f" ({alert.why})" if beyond else ""  # what chance explains is kept, beyond the limit or not
+        limit = f"{alert.limit:g}{alert.unit and ' '}{alert.unit}"
+        lines.append(f"  {alert.name} {limit}: {verdict}:{figure} {alert.of}{why}")
     return "\n".join([*lines, *([f"  {run.message}"] if run.message else [])])
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadQuery(f"--queries names a file with the queries: leave out --{given[0]}")
     if args.queries and not Path(args.queries).exists():
         raise BadQuery(f"there is no file of queries {args.queries}")
+    if (args.by_rank or args.by_score) and not args.queries and (args.text is None or args.image is None):
+        option = "--by-rank" if args.by_rank else "--by-score"
+        raise BadQuery(f"{option} joins the rankings of a text and of an image: give both --text and --image")
     embeds = args.queries or args.text is not None or args.image is not None
     searcher = search.open(args.index, args.device, args.pretrained, args.fuser, ahead=bool(embeds))
     if args.queries:
@@ -129,7 +132,10 @@ def _json(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=bytes.hex)
 
 
-def _print(rows: Iterable[Mapping[str, Any]]) -> None:
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        print("fusion search: no row was found", file=sys.stderr)
+        return
     print(f"{'rank':>4}  {'score':>7}  {'key':<20}  caption  [shard offset+length]")
     for row in rows:
         where = (
@@ -137,7 +143,13 @@ def _print(rows: Iterable[Mapping[str, Any]]) -> None:
             if row["offset"] is not None
             else f"{row['shard']} row {row['row']}"
         )
-        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {row['key']:<20}  {row['caption'] or ''}  [{where}]")
+        key, caption = _shown(row["key"]), _shown(row["caption"] or "")
+        print(f"{row['rank']:>4}  {row['score']:>7.4f}  {key:<20}  {caption}  [{_shown(where)}]")
+
+
+def _shown(text: str) -> str:
+    """On one line, and without what a terminal obeys: captions are anyone's."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _save_images(rows: list[dict[str, Any]], folder: Path, searcher: Searcher) -> None:

@@ -90,6 +90,7 @@ def test_search_by_a_rows_own_picture_finds_the_row(
         ([], "needs a text, an image, or both"),
         (["--text", " "], "text of a query is empty"),
         (["--text", "x", "--image", "/nowhere.jpg"], "/nowhere.jpg"),
+        (["--text", "x", "--by-rank"], "give both --text and --image"),
         (["--image", __file__], "starts with"),
         (["--text", "x", "--image", "PHOTO", "--image-weight", "7"], "between 0 and 1"),
     ],
@@ -113,6 +114,44 @@ def test_what_is_no_table_or_index_is_refused(tmp_path: Path, demo: Path, capsys
     assert "image_embedding" in capsys.readouterr().err
 
 
+def test_an_index_does_not_go_among_a_tables_files(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = str(demo / "table")
+    before = sorted((demo / "table").rglob("*"))
+    assert cli.main(["index", place, "--output", place]) == 2
+    assert "is a feature table" in capsys.readouterr().err
+    assert sorted((demo / "table").rglob("*")) == before
+    assert cli.main(["search", place, "--text", "x"]) == 2
+    assert f"`fusion index {place} --output INDEX`" in capsys.readouterr().err
+
+
+def test_what_is_found_stays_on_one_line_and_commands_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.jpg").write_bytes(photo(1))
+    (shards / "a.txt").write_text("two\nlines \x1b[31mred\u202e")
+    place, index = str(tmp_path / "table"), str(tmp_path / "index")
+    asked = ["--input", str(shards), "--model", towers.DEMO, "--workers", "1", "--quiet"]
+    assert cli.main(["embed", *asked, "--output", place]) == 0
+    assert cli.main(["index", place, "--output", index]) == 0
+    said = capsys.readouterr()
+    assert "1 of 1 rows, Flat, " in said.out
+    assert cli.main(["search", index, "--text", "x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "two lines  [31mred " in lines[1] and lines[1].isprintable()
+    assert cli.main(["search", index, "--text", "x", "--where", "width > 9999"]) == 0
+    assert capsys.readouterr() == ("", "fusion search: no row was found\n")
+
+    pictures = str(tmp_path / "pictures")
+    (shards / "a.txt").unlink()
+    assert cli.main(["embed", *asked, "--output", pictures]) == 0
+    capsys.readouterr()
+    assert cli.main(["index", pictures, "--column", "text_embedding", "--output", str(tmp_path / "none")]) == 0
+    said = capsys.readouterr()
+    assert "0 of 1 rows, Flat\n" in said.out and "no row that is kept has a vector in text_embedding" in said.err
+
+
 def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 
@@ -126,12 +165,27 @@ def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.Ca
     assert part.name in finding["what"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "x", "--txt", "y"], "no option --txt: did you mean --text?"),
+        (["status", "x", "y"], "'y' is one argument too many"),
+        (["status", ""], "the name of a place is empty"),
+        (["embed", "--input", "", "--output", "x", "--model", "x"], "the name of a place is empty"),
+        (["embed", "--input", __file__, "--output", "", "--model", "x"], "the name of a place is empty"),
+        (["fuse", "TABLE", "--output", "x", "--text-model", "ViT-B-32"], "; --text-pretrained is a file or one of"),
+    ],
+)
+def test_a_slip_is_named(demo: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main([str(demo / "table") if word == "TABLE" else word for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         [],
         ["embed"],
         ["embed", "--model", towers.DEMO],
-        ["search", "x", "--text", "y", "--kk", "3"],
         ["fly"],
     ):
         with pytest.raises(SystemExit) as ended:

@@ -87,7 +87,7 @@ MINIMAL = 'output = "out"\n[embed]\ninput = "shards/*.tar"\nmodel = "fusion-demo
         ('model = "fusion-demo"', "model = false", r"\[embed\] model = false: expected one argument"),
         ('model = "fusion-demo"', 'model = ["a", "b"]', r'model = \["a", "b"\]: one value, not a list'),
         ('model = "fusion-demo"', 'model = "./nowhere"', r'model = "./nowhere": there is no such file'),
-        ("model", 'quiet = "yes"\nmodel', r'quiet = "yes": ignored explicit argument'),
+        ("model", 'quiet = "yes"\nmodel', r'quiet = "yes": it must be true or false'),
         ("model", "batch = 2026-01-01\nmodel", r"batch = .*: it must be a text, a number"),
         ("model", "batch = 1.5\nmodel", r"batch = 1.5: invalid positive value"),
         ("model", "num-shards = 2\nmodel", r"num-shards = 2: not here: a job is one launcher"),
@@ -121,6 +121,15 @@ def test_what_is_wrong_is_said_before_any_work(
     assert "secret" not in error
     assert path in error or "credentials" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_does_not_write_among_a_tables_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "shards" / "0.tar", pairs(1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.json").write_text("{}")
+    assert cli.main(["run", write(tmp_path, MINIMAL)]) == 2
+    assert 'out" is a feature table: name a folder for the job' in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.json"]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

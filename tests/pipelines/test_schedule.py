@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fusion_core import build, index, lock, versions
 from fusion_core.demo.shards import write_shards
 from pipelines import cli, schedule
 from pipelines.schedule import Ended
-from schemas.job import JobRun
+from schemas.job import Alert, JobRun, TableState
 from tests.corpora import pairs, write_tar
 
 JOB = """
@@ -264,6 +265,19 @@ def test_keys_that_are_opted_out_leave_all_that_stands(job: Job) -> None:
     assert third.table and (third.table.rows_out, third.table.rows_gone, third.table.rows_opted_out) == (11, 12, 1)
     assert {item.rows_removed for item in third.indexes} == {12}
     assert (job.root / second.id).exists(), "a shard that is gone is no key that opted out"
+
+
+def test_the_lines_of_a_run_add_up_and_say_why_a_figure_beyond_its_limit_is_kept() -> None:
+    table = TableState(4, 620, 600, 12, 1, 155, 150, 3, 0, rows_opted_out=8)
+    why = "0.5440 of 31 rows after 0.6060; chance explains 0.0213"
+    alert = Alert("max-similarity-shift", "mean similarity of the new rows", 0.062, 0.05, "", False, why)
+    run = JobRun("x", "job.toml", "", "", "", 1, "", state="published", table=table, alerts=(alert,))
+    said = schedule.text(run)
+    assert "620 samples = 600 rows + 12 dead letters + 8 opted out; new: 150 rows" in said
+    assert f"kept: 0.062 mean similarity of the new rows ({why})" in said
+    whole = replace(run, table=replace(table, rows_in=612, rows_opted_out=0), alerts=(replace(alert, figure=0.01),))
+    assert "612 samples = 600 rows + 12 dead letters; new" in schedule.text(whole)
+    assert why not in schedule.text(whole)
 
 
 def test_one_run_at_a_time(job: Job) -> None:
