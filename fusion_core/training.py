@@ -25,7 +25,7 @@ LEAST_ROWS = 50  # for each of training, validation and test
 
 # Of a training that is not told how many: 10,000 rows have 500 steps in 25 epochs; a million would have 34,000, of
 # which the first thousands bring what there is to learn.
-_EPOCHS, _STEPS, _MOST_STEPS = 25, 500, 10_000
+_EPOCHS, _STEPS, _MOST_STEPS = 25, 500, 5_000
 _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is compared with every row
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch

@@ -13,7 +13,7 @@ from schemas.index import META
 _DEFAULTS = {item.name: item.default for item in fields(InputSpec)}
 _TRAIN_DEFAULTS = {item.name: item.default for item in fields(TrainJob)}
 _TRAINING = {
-    "epochs": "passes over the rows, at most; 0 is 25, but between 500 and about 10,000 steps",
+    "epochs": "passes over the rows, at most; 0 is 25, but between 500 and about 5,000 steps",
     "patience": "passes without a better validation after which to stop; 0 is a quarter of all",
     "batch_rows": "rows in a batch",
     "learning_rate": "of AdamW, falling to 0 by a cosine",

@@ -60,7 +60,7 @@ class TrainJob:
     modality_dropout: float | None = None  # share of rows that lose one; None: 0.2 if any row lacks one, else 0
     class_weights: bool = False  # by inverse frequency
     logit_adjustment: float = 0.0  # times the log of a class's share, added to its logit in training; 1 is usual
-    epochs: int = 0  # 0: 25, but between 500 and about 10,000 steps
+    epochs: int = 0  # 0: 25, but between 500 and about 5,000 steps
     patience: int = 0  # epochs without a better validation before training ends; 0: a quarter of all
     batch_rows: int = 512
     learning_rate: float = 2e-3
