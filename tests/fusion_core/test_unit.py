@@ -173,7 +173,8 @@ def test_what_was_embedded_before_a_kill_is_not_embedded_again(
     assert table.Table.open(str(place)).records == ()
     attempt = 1
     embed(shard, place)
-    assert 90 < sum(seen) <= 90 + 16, "all but the torn file was taken up"
+    torn = sum(seen) - 90  # of captions none, where it held images
+    assert (0 < torn <= 16) if tower == "embed_images" else (0 <= torn <= 16)
     assert not list((place / ".tmp").iterdir())
     embed(shard, tmp_path / "whole")
     assert (place / "features").exists()

@@ -90,7 +90,7 @@ def serving(
             yield Client(urls[0])
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
 
 
