@@ -331,7 +331,8 @@ def test_a_run_that_is_ended_takes_its_stage_along(job: Job, number: signal.Sign
         assert (run.returncode, found.state, found.exit_code) == (1, "interrupted", 1)
         assert found.stages[-1].state == "interrupted" and job.claims == []
     else:
-        assert found.state == "running" and len(job.claims) == 1
+        assert schedule.read_run(str(job.folder / "out"), found.id).state == "running", "it could not say more"
+        assert found.state == "interrupted" and "its process is gone" in schedule.text(found) and len(job.claims) == 1
     with lock.held(str(job.folder / "out"), "next"):
         pass
 
