@@ -27,7 +27,7 @@ DONE, FAILED, USAGE, TOO_MANY_DEAD, ALERT, LOCKED = 0, 1, 2, 3, 4, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 too many dead letters."""
+    """Runs one command; returns the exit code, as the parser's epilog lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _expected(error)
         if code is None:
             raise
-        print(f"fusion {args.command}: {error}{_no_room(error, args)}", file=sys.stderr)
+        print(f"fusion {args.command}: {error}{_what_now(error, args)}", file=sys.stderr)
         return code
 
 
@@ -53,7 +53,7 @@ def _unknown(args: argparse.Namespace, word: str) -> str:
 
     if not word.startswith("-"):
         return f"{word!r} is one argument too many (a name with spaces or * stands in quotes)"
-    options = ["--" + name.replace("_", "-") for name in vars(args)]
+    options = [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in vars(args)]
     near = difflib.get_close_matches(word.partition("=")[0], options, n=2)
     return f"no option {word}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
@@ -73,6 +73,8 @@ def _recorded(arguments: Sequence[str]) -> str:
 
 def _expected(error: Exception) -> int | None:
     """The exit code of an error that a message explains; None for one that needs a traceback."""
+    if isinstance(error, NotADirectoryError):  # trying again would not help
+        return USAGE
     if isinstance(error, OSError) or type(error).__name__ in ("RunnerError", "Lost"):
         return FAILED
     if type(error).__name__ == "Locked":
@@ -101,11 +103,13 @@ def _expected(error: Exception) -> int | None:
     return USAGE if type(error).__name__ in named else None
 
 
-def _no_room(error: Exception, args: argparse.Namespace) -> str:
-    """Where and what now, of a full disk: the error itself often names no file."""
+def _what_now(error: Exception, args: argparse.Namespace) -> str:
+    """The remedy that the system's own words lack; of a full disk also the place, which they often do not name."""
     import errno
     import tempfile
 
+    if isinstance(error, NotADirectoryError):
+        return ": a file is where a folder is expected; name another place"
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     place = getattr(args, "output", "")
