@@ -491,8 +491,8 @@ def finish(job: IndexJob, planned: Plan, clock: Clock) -> IndexRecord:
             found, known = _measure(job, planned, shards, scratch)
         added, removed = _difference(job, planned, shards, scratch)
     clock.log(f"index: {added:,} vectors are new, {removed:,} have left with their rows")
-    recalls = ", ".join(f"recall@{r.k} of {r.queries} queries {r.recall:.3f}" for r in found.recalls)
-    clock.log(f"index: {found.parameters or training.factory}, {recalls}")
+    recalls = "".join(f", recall@{r.k} of {r.queries} queries {r.recall:.3f}" for r in found.recalls)
+    clock.log(f"index: {found.parameters or training.factory}{recalls}")
     missed = not found.reaches(job.target_recall)
     outworn = missed and known is not None and known.reaches(job.target_recall)
     if outworn:

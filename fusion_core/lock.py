@@ -137,6 +137,18 @@ def held(
             hold.give_back()
 
 
+def is_over(place: str, run: str) -> bool:
+    """Whether `run` does certainly not hold the folder `place` any more: it has no claim, or its process is gone."""
+    where = files.join(place, _FOLDER, f"{run}.json")
+    try:
+        claim = records.from_json(Claim, files.read_bytes(where), where)
+    except FileNotFoundError:
+        return True
+    except records.SchemaMismatch:
+        return False  # of another release
+    return bool(claim.machine) and claim.machine == _machine() and _process(claim.pid) != claim.process
+
+
 def _lives(claim: Claim, silent_seconds: float, stale_seconds: float) -> bool:
     if claim.machine and claim.machine == _machine():
         return _process(claim.pid) == claim.process

@@ -97,7 +97,8 @@ def train(
     chosen = [np.flatnonzero((parts == part) & usable) for part in (TRAIN, VALIDATION, TEST)]
     counts = dict(zip(("train", "validation", "test"), map(len, chosen), strict=True))
     if min(counts.values()) < LEAST_ROWS:
-        raise TrainError(f"{counts} rows: at least {LEAST_ROWS} of each are needed: embed more, of different content")
+        found = ", ".join(f"{count:,} in {part}" for part, count in counts.items())
+        raise TrainError(f"rows: {found}: at least {LEAST_ROWS} of each are needed: embed more, of different content")
     labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
     if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
         raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")

@@ -28,7 +28,7 @@ DONE, FAILED, USAGE, TOO_MANY_DEAD, ALERT, LOCKED = 0, 1, 2, 3, 4, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code, one of those above."""
+    """Runs one command; returns the exit code, as the parser's epilog lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _leave("interrupted: what is recorded stays; run the same command again to go on")
     except (UserError, RunError, OSError) as error:
-        print(f"fusion {args.command}: {error}{_no_room(error, args)}", file=sys.stderr)
-        return FAILED if isinstance(error, OSError) else error.exit_code
+        print(f"fusion {args.command}: {error}{_what_now(error, args)}", file=sys.stderr)
+        if isinstance(error, OSError):  # of a file where a folder should be, trying again would not help
+            return USAGE if isinstance(error, NotADirectoryError) else FAILED
+        return error.exit_code
 
 
 def _unknown(args: argparse.Namespace, word: str) -> str:
@@ -51,7 +53,7 @@ def _unknown(args: argparse.Namespace, word: str) -> str:
 
     if not word.startswith("-"):
         return f"{word!r} is one argument too many (a name with spaces or * stands in quotes)"
-    options = ["--" + name.replace("_", "-") for name in vars(args)]
+    options = [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in vars(args)]
     near = difflib.get_close_matches(word.partition("=")[0], options, n=2)
     return f"no option {word}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
@@ -69,11 +71,13 @@ def _recorded(arguments: Sequence[str]) -> str:
     return " ".join(("fusion", *shown))
 
 
-def _no_room(error: Exception, args: argparse.Namespace) -> str:
-    """Where and what now, of a full disk: the error itself often names no file."""
+def _what_now(error: Exception, args: argparse.Namespace) -> str:
+    """The remedy that the system's own words lack; of a full disk also the place, which they often do not name."""
     import errno
     import tempfile
 
+    if isinstance(error, NotADirectoryError):
+        return ": a file is where a folder is expected; name another place"
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     place = getattr(args, "output", "")

@@ -34,6 +34,11 @@ def build() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusion", description="Feature tables and retrieval indexes from image–caption shards.", allow_abbrev=False
     )
+    parser.epilog = (
+        "Exit codes: 0 done; 1 something failed, run it again; 2 wrong usage, found before work starts; 3 done, but "
+        "more dead letters than --max-dead-letters allows; 4 a limit of `fusion run` tripped, nothing is published; "
+        "5 another `fusion run` is at work."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _demo(_command(commands, "demo", "the whole way on generated shards; ends with a report to open"))
     _embed(

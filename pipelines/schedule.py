@@ -444,10 +444,15 @@ def read_run(output: str, run: str) -> JobRun:
 
 
 def latest(output: str) -> JobRun | None:
-    """The record of the last run of a job that writes to `output`; None where there is none."""
+    """The record of the last run of a job that writes to `output`, interrupted if it was killed; None where is none."""
     entries = files.list_files(files.join(output, "runs"))
     names = [entry.place.rpartition("/")[2].removesuffix(".json") for entry in entries if entry.place.endswith(".json")]
-    return read_run(output, max(names)) if names else None
+    if not names:
+        return None
+    run = read_run(output, max(names))
+    if run.state == "running" and lock.is_over(output, run.id):  # it could not say so itself
+        return replace(run, state="interrupted", message="its process is gone: run the same command again to go on")
+    return run
 
 
 def roll_back(spec: JobSpec) -> list[str]:
@@ -462,6 +467,8 @@ def roll_back(spec: JobSpec) -> list[str]:
                 continue
             lines.append(f"{root}: current is {earlier.id}, published {earlier.published_at}")
             files.write_bytes(spec.output, _BASELINE, records.to_json(Baseline(earlier.run)))
+            if any(word.startswith("--opt-out") for word in spec.embed):
+                lines.append("  keys that were opted out after that are in it again, until the next run")
     return lines
 
 

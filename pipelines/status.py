@@ -30,18 +30,19 @@ def describe(feature_table: table.Table) -> dict[str, Any]:
 
 
 def _describe_run(run: RunRecord, records: tuple[Any, ...]) -> dict[str, Any]:
-    now = datetime.now(UTC) if run.state == "running" else datetime.fromisoformat(run.updated_at)
+    state = "dead" if _is_dead(run) else run.state
+    now = datetime.now(UTC) if state == "running" else datetime.fromisoformat(run.updated_at)
     elapsed = max((now - datetime.fromisoformat(run.started_at)).total_seconds(), 1.0)
     ended = run.state in ("done", "failed")
     done = run.units_done if ended else sum(record.finished_at >= run.started_at for record in records)
     rate = run.samples_done / elapsed
     left = None
-    if run.state == "running" and run.samples_planned and rate:
+    if state == "running" and run.samples_planned and rate:
         left = round((run.samples_planned - run.samples_done) / rate)
-    elif run.state == "running" and done:
+    elif state == "running" and done:
         left = round((run.units_planned - run.units_skipped - done) * elapsed / done)
     return {
-        "state": "dead" if _is_dead(run) else run.state,
+        "state": state,
         "started_at": run.started_at,
         "updated_at": run.updated_at,
         "units_planned": run.units_planned,

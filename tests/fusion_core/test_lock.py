@@ -63,8 +63,12 @@ def test_a_claim_of_this_host_lives_as_long_as_its_process(tmp_path: Path) -> No
     assert here
     for pid, process in ((ended.pid, "1"), (os.getpid(), "1")):  # gone; and the pid of another that came later
         claimed(tmp_path, machine=here, pid=pid, process=process)
+        assert lock.is_over(str(tmp_path), "other")
         with lock.held(str(tmp_path), "mine"):
             assert [path.name for path in claims(tmp_path)] == ["mine.json"]
+            assert not lock.is_over(str(tmp_path), "mine")
+    claimed(tmp_path)
+    assert not lock.is_over(str(tmp_path), "other"), "from here one cannot tell"
     claimed(tmp_path, 10 * lock.STALE_SECONDS, machine=here, pid=os.getpid(), process=lock._process(os.getpid()))
     with pytest.raises(Locked), lock.held(str(tmp_path), "mine"):
         pass

@@ -276,7 +276,9 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     strange = write_vectors(tmp_path / "strange", *np.eye(D)[[[0, 1], [2, 3]]], SPEC, key=["x", "y"])
     with pytest.raises(TrainError, match="there is nothing to learn from"):
         training.train(whole, QUICK)
-    with pytest.raises(TrainError, match="at least 50 of each are needed"):
+    with pytest.raises(
+        TrainError, match=r"rows: \d+ in train, \d+ in validation, \d+ in test: at least 50 of each are needed"
+    ):
         training.train(few, QUICK, [few])
     with pytest.raises(TrainError, match="embedded by other towers"):
         training.train(whole, QUICK, [foreign])

@@ -169,7 +169,10 @@ def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["search", "x", "--txt", "y"], "no option --txt: did you mean --text?"),
+        (["search", "x", "--text", "y", "--k", "3"], "no option --k: did you mean -k"),
         (["status", "x", "y"], "'y' is one argument too many"),
+        (["export", "TABLE", "--format", "webdataset", "--output", __file__], "a file is where a folder is expected"),
+        (["search", __file__, "--text", "x"], "a file is where a folder is expected"),
         (["status", ""], "the name of a place is empty"),
         (["embed", "--input", "", "--output", "x", "--model", "x"], "the name of a place is empty"),
         (["embed", "--input", __file__, "--output", "", "--model", "x"], "the name of a place is empty"),

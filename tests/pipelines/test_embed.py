@@ -310,6 +310,7 @@ def test_status_of_a_run_whose_launcher_died(tmp_path: Path, run: Run, capsys: p
     assert cli.main(["status", str(tmp_path / "table"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["run"]["state"], found["run"]["units_done"]) == (40, "dead", 2)
+    assert found["run"]["seconds_left"] is None, "none for who is gone"
     assert cli.main(["status", str(tmp_path / "table")]) == 0
     assert "its launcher is gone: run the same command again" in capsys.readouterr().out
 
