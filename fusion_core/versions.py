@@ -73,9 +73,11 @@ def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: 
     """
     before, now = read(place), datetime.now(UTC)
     at = now.isoformat(timespec="seconds")
-    older = [item for item in before.versions if item.id != version] if before else []
-    older = [replace(item, replaced_at=at) if before and item.id == before.current else item for item in older]
-    older.sort(key=lambda item: item.replaced_at != at)  # after a roll-back the last one is not the one to go back to
+    older: list[IndexVersion] = []
+    if before:  # after a roll-back the newest is not the one to go back to
+        others = [item for item in before.versions if item.id not in (version, before.current)]
+        current = [item for item in before.versions if item.id == before.current != version]
+        older = [*(replace(item, replaced_at=at) for item in current), *others]
     _point(place, version, [IndexVersion(version, run, at, options), *older])
     stay = older[: keep - 1] + [
         item for item in older[keep - 1 :] if _seconds_since(item.replaced_at, now) < _GRACE_SECONDS
