@@ -193,7 +193,9 @@ def _read_records(place: str, brief: bool) -> tuple[str, list[ManifestRecord] | 
             blobs = itertools.chain.from_iterable(batch["record"].to_pylist() for batch in batches)
         found = (records.from_json(ManifestRecord, blob, place) for blob in blobs)
         return place, [_brief(record) for record in found] if brief else list(found)
-    except (*records.NOT_JSON, pa.ArrowException, OSError):
+    except records.OtherVersion:
+        raise
+    except (SchemaMismatch, *records.NOT_JSON, pa.ArrowException, OSError):
         return place, None
 
 

@@ -40,6 +40,10 @@ def from_json(kind: type[RecordT], data: bytes, where: str) -> RecordT:
     return record
 
 
+class OtherVersion(SchemaMismatch):
+    """A file was written by a release whose records this one does not read."""
+
+
 @cache
 def _decoder(kind: type[Any]) -> Any:
     return msgspec.json.Decoder(kind)
@@ -56,7 +60,7 @@ def _check_version(data: bytes, where: str) -> None:
     except NOT_JSON:
         return
     if not _is_readable(version):
-        raise SchemaMismatch(
+        raise OtherVersion(
             f"{where} has schema version {version!r}; this release reads {VERSION.partition('.')[0]}.x: "
             "use the release that wrote it, or write it anew"
         )

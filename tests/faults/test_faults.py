@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -129,7 +130,7 @@ def test_a_clock_that_jumps_takes_nothing_and_leaves_nothing(
                 files.remove_stale_temporaries(str(place))
 
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", jumping)
+        patch.setattr(files, "time", SimpleNamespace(time=jumping, monotonic=time.monotonic))
         patch.setattr(files.PendingFile, "__init__", begin_then)
         janitor = threading.Thread(target=clean)
         janitor.start()
