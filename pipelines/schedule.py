@@ -467,8 +467,6 @@ def roll_back(spec: JobSpec) -> list[str]:
                 continue
             lines.append(f"{root}: current is {earlier.id}, published {earlier.published_at}")
             files.write_bytes(spec.output, _BASELINE, records.to_json(Baseline(earlier.run)))
-            if any(word.startswith("--opt-out") for word in spec.embed):
-                lines.append("  keys that were opted out after that are in it again, until the next run")
     return lines
 
 

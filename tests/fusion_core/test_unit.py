@@ -278,9 +278,9 @@ def test_equal_images_and_captions_are_embedded_once(tmp_path: Path, monkeypatch
     for name in counts:
         encode = getattr(MODEL, name)
 
-        def count(rows: Sequence[object], pad_to: int, name: str = name, encode: Any = encode) -> np.ndarray:
+        def count(rows: Sequence[object], *more: Any, name: str = name, encode: Any = encode) -> np.ndarray:
             counts[name] += len(rows)
-            return encode(rows, pad_to)
+            return encode(rows, *more)
 
         monkeypatch.setattr(MODEL, name, count)
     monkeypatch.setattr(unit, "_WINDOW_ROWS", 16)

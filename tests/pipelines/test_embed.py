@@ -10,6 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -212,9 +213,9 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     def counting(name: str) -> Callable[..., np.ndarray]:
         embed_some = getattr(model, name)
 
-        def count(rows: Sequence[object], pad_to: int) -> np.ndarray:
+        def count(rows: Sequence[object], *more: Any) -> np.ndarray:
             counts[name] += len(rows)
-            return embed_some(rows, pad_to)
+            return embed_some(rows, *more)
 
         return count
 

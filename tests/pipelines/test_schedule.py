@@ -136,19 +136,6 @@ def test_a_job_does_what_is_new_and_keeps_the_last_indexes(job: Job, monkeypatch
     assert job.claims == []
 
 
-def test_a_rollback_says_that_keys_are_back_which_were_opted_out(job: Job) -> None:
-    opted_out = job.folder / "opted-out.txt"
-    opted_out.write_text("none-such\n")
-    job.write(JOB.replace("quiet", 'opt-out = "opted-out.txt"\nquiet', 1))
-    job.run()
-    opted_out.write_text("000000001\n")
-    assert "23 rows + 0 dead letters + 1 opted out" in schedule.text(job.run()) and job.rows == 23
-    assert cli.main(["run", str(job.folder / "job.toml"), "--rollback"]) == 0
-    assert job.rows == 24 and "opted out after that are in it again" in job._capsys.readouterr().out
-    job.run()
-    assert job.rows == 23
-
-
 def test_a_fused_and_evaluated_job(job: Job) -> None:
     more = '[fuse]\nfuser = "concat"\nworkers = 1\n[[index]]\ncolumn = "fused_embedding"\n[evaluate]\nqueries = 10\n'
     job.write(JOB + more + "[alerts]\nmin-recall = 0.5\nmax-recall-drop = 0.1\n")

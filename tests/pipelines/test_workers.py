@@ -127,7 +127,8 @@ def test_towers_that_cannot_be_had_are_said(tmp_path: Path) -> None:
     assert isinstance(failure, workers.Failure) and "a.tar: TowerError" in failure.why
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_launcher(tmp_path: Path, how: signal.Signals) -> None:
     for i in range(6):
         write_tar(tmp_path / f"{i}.tar", pairs(300, size=(400, 300)))
