@@ -706,7 +706,8 @@ def _run_job(args: argparse.Namespace, _: list[str]) -> int:
             return DONE
         job.check_places(path, spec)
         run = schedule.run(spec, path, data, _recorded(args.arguments), args.quiet)
-    _tell(schedule.text(run), run, args.json)
+    if args.json or run.exit_code or not args.quiet:  # cron mails whatever is said
+        _tell(schedule.text(run), run, args.json)
     if run.exit_code:
         print(f"fusion run: {run.message}", file=sys.stderr)
     return run.exit_code or DONE

@@ -482,7 +482,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.toml", help="the job file; relative paths in it are relative to it")
     parser.add_argument("--rollback", action="store_true", help="make the version before the current one current")
     parser.add_argument("--json", action="store_true", help="print the run's record")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="say nothing, unless something is wrong")
     parser.epilog = (
         "Exit codes: 0 done; 1 failed or interrupted, try again; 2 wrong job file; 4 a limit tripped, nothing is "
         "published; 5 another run is at work."

@@ -144,7 +144,7 @@ class _Run:
         self._record(stages=(*self._own.stages, stage))
         began = time.monotonic()
         try:
-            ended = apart(argv)
+            ended = apart(argv, self._quiet)
         except KeyboardInterrupt:
             self._amend(replace(stage, state="interrupted", seconds=round(time.monotonic() - began, 3)))
             raise
@@ -520,8 +520,8 @@ def _how(code: int) -> str:
 _CHILD = "import sys; from pipelines.schedule import stage; stage(sys.argv[1:])"
 
 
-def apart(argv: Sequence[str]) -> Ended:
-    """Runs a command in a child process; what it says goes to this one's stderr. It ends with this process."""
+def apart(argv: Sequence[str], quiet: bool = False) -> Ended:
+    """Runs a command in a child process; what it says goes to this one's stderr, or nowhere. It ends with this one."""
     before = _cpu_seconds(resource.RUSAGE_CHILDREN)
     last: deque[str] = deque(maxlen=_LINES)
     path = os.pathsep.join((str(Path(__file__).parents[1]), *filter(None, sys.path)))
@@ -532,7 +532,7 @@ def apart(argv: Sequence[str]) -> Ended:
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": path},
     ) as child:
-        reader = threading.Thread(target=_pass_on, args=(child.stdout, last), daemon=True)
+        reader = threading.Thread(target=_pass_on, args=(child.stdout, last, quiet), daemon=True)
         reader.start()
         try:
             code = child.wait()
@@ -562,11 +562,12 @@ def _patience() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _pass_on(stream: Any, last: deque[str]) -> None:
+def _pass_on(stream: Any, last: deque[str], quiet: bool) -> None:
     for line in stream:
         said = line.decode("utf-8", "replace")
-        sys.stderr.write(said)
-        sys.stderr.flush()
+        if not quiet:
+            sys.stderr.write(said)
+            sys.stderr.flush()
         if said.strip():
             last.append(said.rstrip())
 

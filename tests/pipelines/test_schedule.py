@@ -135,6 +135,9 @@ def test_a_job_does_what_is_new_and_keeps_the_last_indexes(job: Job, monkeypatch
     assert fourth.id in job._capsys.readouterr().out
     assert job.claims == []
 
+    assert cli.main(["run", str(job.folder / "job.toml"), "--quiet"]) == 0
+    assert job._capsys.readouterr() == ("", ""), "cron mails whatever is said"
+
 
 def test_a_fused_and_evaluated_job(job: Job) -> None:
     more = '[fuse]\nfuser = "concat"\nworkers = 1\n[[index]]\ncolumn = "fused_embedding"\n[evaluate]\nqueries = 10\n'
