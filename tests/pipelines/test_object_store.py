@@ -147,7 +147,7 @@ def test_the_whole_way(store: Path, capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_a_job_publishes_on_the_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "apart", lambda argv: schedule.Ended(cli.main(argv), 0.0))
+    monkeypatch.setattr(schedule, "apart", lambda argv, quiet: schedule.Ended(cli.main(argv), 0.0))
     job = tmp_path / "job.toml"
     for number, pattern in enumerate(("000", "{000..001}", "{000..001}")):
         embedding = f'input = "s3://corpus/shards/shards-{pattern}.tar"\nmodel = "fusion-demo"\nworkers = 1\n'
