@@ -7,7 +7,6 @@ recorded. Files become visible whole or not at all: locally by a temporary name,
 because a PUT is atomic.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -224,7 +223,7 @@ def remove(place: str) -> None:
 def remove_folder(folder: str) -> None:
     """Deletes a folder with all that is in it; one that is gone already is no error."""
     filesystem, path = resolve(folder)
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         filesystem.delete_dir(path)
 
 
@@ -236,10 +235,8 @@ def link(source: str, target: str) -> None:
     if is_local(source):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(source, target)
-            return
-        except FileExistsError:
-            return
+            with suppress(FileExistsError):
+                os.link(source, target)
         except FileNotFoundError:
             raise
         except OSError:  # a file system without hard links
@@ -248,7 +245,7 @@ def link(source: str, target: str) -> None:
                 with open(source, "rb") as stream:
                     shutil.copyfileobj(stream, cast(Any, pending), _BLOCK_BYTES)
                 pending.publish(name)
-            return
+        return
     filesystem, path = resolve(source)
     copy = resolve(target)[1]
     try:
