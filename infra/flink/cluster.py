@@ -103,6 +103,11 @@ class Cluster:
         """The jobs that the JobManager knows, as its REST interface tells them."""
         return list(self._get("/v1/jobs/overview")["jobs"])
 
+    def failures(self, job: str) -> list[str]:
+        """Why attempts of a job failed, also of one that came to its end at a later attempt."""
+        entries = self._get(f"/v1/jobs/{job}/exceptions")["exceptionHistory"]["entries"]
+        return [str(entry["stacktrace"]) for entry in entries]
+
     def _overview(self) -> dict[str, Any]:
         return self._get("/v1/overview")
 
@@ -159,13 +164,11 @@ class Cluster:
         )  # fmt: skip
 
     def _start_pool(self) -> None:
-        """The pool starts bare `python` from its PATH: with another one, its workers die and the job waits for ever."""
-        path = os.pathsep.join([str(Path(self.python).parent), os.environ.get("PATH", "")])
         roots = os.pathsep.join(filter(None, [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]))
         self._start(
             "pool",
-            [self.python, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={self.pool}"],
-            {"PATH": path, "PYTHONPATH": roots, "FUSION_FLINK": _marker("pool", self.folder)},
+            [self.python, str(HERE / "pool.py"), str(self.pool)],
+            {"PYTHONPATH": roots, "FUSION_FLINK": _marker("pool", self.folder)},
         )
 
     def _start(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:

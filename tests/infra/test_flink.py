@@ -109,7 +109,8 @@ def test_the_table_is_the_local_runners(cluster: Any, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_same_table(folder, "flink")
     assert f"{SHARDS} units done" in done.stdout
-    assert cluster.jobs()[0]["state"] == "FINISHED"
+    (job,) = cluster.jobs()
+    assert job["state"] == "FINISHED" and cluster.failures(job["jid"]) == []
 
 
 def test_an_index_is_built_there_too(cluster: Any, folder: Path) -> None:
