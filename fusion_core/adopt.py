@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from fusion_core import fields, files, table, tabular, unit
 from fusion_core.fields import Columns, Rejected
+from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.tabular import Row
 from fusion_core.towers import Towers
 from schemas import records
@@ -210,13 +211,14 @@ def _identity(entries: Sequence[files.Entry]) -> InputIdentity:
 
 def adopt(
     triple: Triple,
+    work: unit.Work,
     output: str,
     spec: TableSpec,
-    previous: ManifestRecord | None = None,
-    stale: Sequence[str] = (),
     done: Callable[[int], None] = lambda rows: None,
+    opt_out: OptOut = NOTHING,
 ) -> ManifestRecord:
-    """Writes one triple's rows into the table at `output` and returns the unit's record; `done` hears of rows.
+    """Writes one triple's rows, but for keys on the opt-out list, into the table at `output` and returns the unit's
+    record; `done` hears of rows.
 
     A vector of unit length in float16 is taken bit for bit; others are brought to length 1. A row with a vector of
     zeros, or one that is not finite, becomes a dead letter. As in every table, an empty caption is no text: its vector
@@ -226,15 +228,18 @@ def adopt(
     """
     clock, started = unit.Clock(), time.perf_counter()
     _check_identity(triple)
-    with table.UnitWriter(output, spec, triple.unit, previous, stale) as writer:
+    with table.UnitWriter(output, spec, triple.unit, work.previous, work.stale) as writer:
         for rows, letters in clock.each("read", _read(triple)):
+            found: list[Sample | DeadLetter] = [*(row.sample for row in rows), *letters]
+            kept = {item.row for item in passed_by(found, opt_out, writer)}
             with clock("write"):
-                writer.write(unit.features(triple.unit, rows, spec))
-                writer.reject(letters)
-            done(len(rows) + len(letters))
+                writer.write(unit.features(triple.unit, [row for row in rows if row.sample.row in kept], spec))
+                writer.reject(letter for letter in letters if letter.row in kept)
+            done(len(found))
         _check_identity(triple)
         with clock("write"):
             return writer.commit(
+                opt_out_sha256=opt_out.sha256,
                 seconds={**clock.seconds, "unit": time.perf_counter() - started},
                 versions=unit.versions(),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,50 +4,28 @@ A triple that the table records as it is now is passed over: running the same co
 folder where it has grown or changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from fusion_core import adopt, files, table, unit
+from fusion_core import adopt, opt_out, unit
 from fusion_core.adopt import Triple
-from pipelines import progress
-from pipelines.plan import Plan, stands, unrecorded
-from schemas.feature_table import RunRecord, TableSpec
+from pipelines import change, progress
+from pipelines.plan import Plan
+from schemas.feature_table import RunRecord
 
 
-def plan(triples: Sequence[Triple], output: str, spec: TableSpec) -> tuple[Plan, list[Triple]]:
-    """What there is to do for the table at `output` to hold these triples, and which of them are not in it."""
-    manifest, lying = table.read_manifest(output), table.list_parts(output)
-    stale = unrecorded(lying, manifest)
-    todo, work = [], []
-    for triple in triples:
-        known = manifest.by_unit.get(triple.unit.id)
-        left = tuple(stale.get(triple.unit.id, ()))
-        if known is None or not stands(known, triple.unit, spec, lying):
-            todo.append(triple)
-            work.append(unit.Work(triple.unit, known, left))
-        else:
-            for path in left:  # of a run that died after its record was written
-                files.remove(files.join(output, path))
-    return Plan(tuple(work), (), len(triples) - len(todo)), todo
+def run(triples: Mapping[str, Triple], plan: Plan, job: change.Job, command: str, quiet: bool = False) -> RunRecord:
+    """Imports the plan's units, which are triples by unit id; the run's state is `failed` when any of them failed."""
+    keys = opt_out.load(*job.opt_out)
 
-
-def run(
-    todo: Sequence[Triple], planned: Plan, output: str, spec: TableSpec, command: str, quiet: bool = False
-) -> RunRecord:
-    """Imports the triples into the table at `output`; the run's state is `failed` when any of them failed."""
-    watch = progress.Watch(output, command, planned, quiet)
-    with watch:
-        failures, done = list[str](), 0
-        for triple, work in zip(todo, planned.work, strict=True):
+    def do() -> list[str]:
+        failures = []
+        for work in plan.work:
             try:
-                record = adopt.adopt(triple, output, spec, work.previous, work.stale, progress.add_samples)
+                record = adopt.adopt(triples[work.unit.id], work, job.output, job.spec, progress.add_samples, keys)
             except (OSError, unit.InputChanged) as error:
-                failures.append(f"{triple.unit.shard}: {type(error).__name__}: {error}")
+                failures.append(f"{work.unit.shard}: {type(error).__name__}: {error}")
             else:
-                progress.add_unit(record.rows_in, triple.unit.identity.size_bytes)
-                done += 1
-            watch.update(units_done=done, units_failed=len(failures), failures=tuple(failures[:100]))
-        watch.update(state="failed" if failures else "done")
-        files.remove_stale_temporaries(output)
-        if todo:
-            table.compact(output)
-    return watch.run
+                progress.add_unit(record.rows_in, work.unit.identity.size_bytes)
+        return failures
+
+    return change.run(job, plan, do, command, quiet)

@@ -18,7 +18,7 @@ from schemas.errors import RunError, UserError
 if TYPE_CHECKING:
     from fusion_core.opt_out import OptOut
     from fusion_core.table import Table
-    from pipelines.embed import EmbedJob
+    from pipelines.change import Job
     from pipelines.plan import Plan
     from pipelines.runner import Knobs
     from schemas.feature_table import RunRecord, TableSpec, TowerSpec
@@ -118,7 +118,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     keys = _opt_out(args)
 
     from fusion_core import towers
-    from pipelines import embed, plan, runner
+    from pipelines import change, embed, plan, runner
 
     runner.check_beam_options(rest, vars(args))
     existing = table.read_spec(output)
@@ -130,12 +130,13 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     if fuser:
         fusers.keep(fuser, output)
     share = args.shard_index, args.num_shards
-    planned = plan.compare(args.input, output, spec, share, keys=keys, remove_missing=args.remove_missing)
+    units = shards.plan(args.input, inputs)
+    planned = plan.compare(units, output, spec, share, keys=keys, remove_missing=args.remove_missing)
     if planned.work:
         _prepare(args, rest)
         if not embed.runs_apart(_knobs(args, rest)):  # else it is the workers that import open_clip and load them
             towers.for_spec(spec.tower, args.device, args.pretrained)
-    return _run(args, rest, embed.EmbedJob(output, spec, towers.absolute(args.pretrained), _named(keys)), planned)
+    return _run(args, rest, change.Job(output, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
 def _knobs(args: argparse.Namespace, rest: list[str]) -> "Knobs":
@@ -185,8 +186,8 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
-    from fusion_core import table, towers
-    from pipelines import embed, plan, runner
+    from fusion_core import shards, table, towers
+    from pipelines import change, plan, runner
 
     runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
@@ -197,10 +198,12 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"{feature_table.place}: no dead letters")
         return DONE
     keys, place = _opt_out(args), feature_table.place
-    planned = plan.compare(broken, place, spec, redo=lambda record: record.rows_dead > 0, keys=keys)
+    planned = plan.compare(
+        shards.plan(broken, spec.input), place, spec, redo=lambda record: record.rows_dead > 0, keys=keys
+    )
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
+    return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
 def _check_of_shards(spec: "TableSpec", place: str) -> None:
@@ -218,7 +221,7 @@ def _check_of_shards(spec: "TableSpec", place: str) -> None:
         )
 
 
-def _run(args: argparse.Namespace, rest: list[str], job: "EmbedJob", planned: "Plan") -> int:
+def _run(args: argparse.Namespace, rest: list[str], job: "Job", planned: "Plan") -> int:
     from fusion_core import report, table
     from pipelines import embed, workers
 
@@ -262,7 +265,7 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
         print(f"  {left} left the table: they are not in the input any more")
 
 
-def _tell_opt_out(feature_table: "Table", job: "EmbedJob", run: "RunRecord") -> None:
+def _tell_opt_out(feature_table: "Table", job: "Job", run: "RunRecord") -> None:
     """What proves that the listed keys are not in the table, and which of them never were in its shards."""
     from fusion_core import opt_out, table
 
@@ -344,8 +347,8 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[str]) -> int:
     """Runs units again, and whatever else of their shards does not stand; returns the exit code."""
-    from fusion_core import table, towers
-    from pipelines import embed, plan, runner
+    from fusion_core import shards, table, towers
+    from pipelines import change, plan, runner
 
     runner.check_beam_options(rest, vars(args))
     spec = table.read_spec(place)
@@ -355,10 +358,12 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     if not broken:
         return DONE
     keys = _opt_out(args)
-    planned = plan.compare(broken, place, spec, redo=lambda record: record.unit.id in units, keys=keys)
+    planned = plan.compare(
+        shards.plan(broken, spec.input), place, spec, redo=lambda record: record.unit.id in units, keys=keys
+    )
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
-    return _run(args, rest, embed.EmbedJob(place, spec, towers.absolute(args.pretrained), _named(keys)), planned)
+    return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------
@@ -663,11 +668,12 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
 
     triples = adopt.find(files.absolute(args.folder))  # what is wrong there is said before the slow imports
     output = files.absolute(args.output)
-
+    keys = _opt_out(args)
     existing = table.read_spec(output)
 
     from fusion_core import towers
-    from pipelines import adopt as job
+    from pipelines import adopt as importing
+    from pipelines import change, plan
     from schemas.feature_table import TableSpec
 
     if existing and towers.are_unchanged(existing.tower, args.model, args.pretrained):
@@ -678,18 +684,22 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
     spec = TableSpec(tower, imported=adopt.LAYOUT)
     if existing:
         spec = table.claim(output, spec)
-    planned, todo = job.plan(triples, output, spec)
-    if todo:
-        compared = adopt.check_model(todo, towers.for_spec(tower, args.device, args.pretrained))
+    named = {triple.unit.id: triple for triple in triples}
+    units = (triple.unit for triple in triples)
+    planned = plan.compare(units, output, spec, keys=keys, remove_missing=args.remove_missing)
+    if planned.work:
+        some = [named[work.unit.id] for work in planned.work]
+        compared = adopt.check_model(some, towers.for_spec(tower, args.device, args.pretrained))
         said = f"{compared} captions, embedded anew, have the vectors that are imported"
         unknown = "no text vectors with captions: whether this model made the vectors cannot be checked"
         print(f"{tower.model}: {said if compared else unknown}", file=sys.stderr)
-    spec = table.claim(output, spec)
-    run = job.run(todo, planned, output, spec, _recorded(args.arguments), args.quiet)
+    job = change.Job(output, table.claim(output, spec), _named(keys))
+    run = importing.run(named, planned, job, _recorded(args.arguments), args.quiet)
     feature_table = table.Table.open(output)
     _summarize(feature_table, run)
+    _tell_opt_out(feature_table, job, run)
     if run.state == "failed":
-        return _tell_failures(run, len(todo))
+        return _tell_failures(run, len(planned.work) + len(planned.unswept))
     report.write(feature_table, output, "Imported table", run)
     return DONE
 

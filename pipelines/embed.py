@@ -9,31 +9,21 @@ commits whole or not at all. What to do is the launcher's to plan (plan.py), and
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import files, opt_out, table, towers, unit
-from pipelines import progress, runner, workers
+from fusion_core import table, towers, unit
+from pipelines import change, progress, runner, workers
+from pipelines.change import Job
 from pipelines.plan import Plan
 from pipelines.runner import Knobs
-from schemas.feature_table import ManifestRecord, RunRecord, TableSpec
+from schemas.feature_table import ManifestRecord, RunRecord
 
 _LOG = logging.getLogger("fusion.unit")
 _NAMESPACE = "fusion"
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """What decides the rows of the output, and where it lies."""
-
-    output: str
-    spec: TableSpec
-    pretrained: str = ""  # where the weights lie now, if not where the spec says
-    opt_out: tuple[str, str] = ("", "")  # the place of the list of keys to leave out, and its SHA-256
 
 
 class Outcome(NamedTuple):
@@ -53,7 +43,7 @@ def runs_apart(knobs: Knobs) -> bool:
 class RunUnit(beam.DoFn):  # type: ignore[misc]
     """Work in, Outcome out; a unit that fails does not take its neighbours along."""
 
-    def __init__(self, job: EmbedJob, knobs: Knobs):
+    def __init__(self, job: Job, knobs: Knobs):
         self._job, self._knobs = job, knobs
         self._apart = False
         self._towers: towers.Towers | None = None
@@ -97,7 +87,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
 class EmbedUnits(beam.PTransform):  # type: ignore[misc]
     """Work -> Outcome, spread over the workers."""
 
-    def __init__(self, job: EmbedJob, knobs: Knobs):
+    def __init__(self, job: Job, knobs: Knobs):
         super().__init__()
         self._job, self._knobs = job, knobs
 
@@ -113,43 +103,16 @@ def _count(record: ManifestRecord) -> None:
     Metrics.distribution(_NAMESPACE, "unit_milliseconds").update(int(1000 * record.seconds.get("unit", 0)))
 
 
-def run(job: EmbedJob, plan: Plan, knobs: Knobs, command: str, beam_options: Sequence[str] = ()) -> RunRecord:
-    """Does what the plan says and returns the run's record; its state is `failed` when any unit failed.
+def run(job: Job, plan: Plan, knobs: Knobs, command: str, beam_options: Sequence[str] = ()) -> RunRecord:
+    """Does what the plan says and returns the run's record; its state is `failed` when any unit failed."""
 
-    Whatever happens, units that are recorded stay, and the same command picks up from there.
-    """
-    watch = progress.Watch(job.output, command, plan, knobs.quiet)
-    with watch:
-        swept = _sweep(job, plan, knobs)
-        watch.update(rows_opted_out=swept.rows, opt_out_sha256=job.opt_out[1])
-        failures = _run_pipeline(job, plan, knobs, beam_options) if plan.work else []
-        watch.update(
-            units_done=len(plan.work) - len(failures),
-            units_failed=len(failures) + len(swept.failures),
-            failures=(*swept.failures, *failures)[:100],
-            state="failed" if failures or swept.failures else "done",
-        )
-        if watch.run.state == "done":
-            for record in plan.gone:
-                table.remove_unit(job.output, record)
-            watch.update(units_removed=len(plan.gone), rows_removed=sum(record.rows_out for record in plan.gone))
-        files.remove_stale_temporaries(job.output)
-        if plan.work or plan.gone:
-            table.compact(job.output)
-    return watch.run
+    def do() -> list[str]:
+        return _run_pipeline(job, plan, knobs, beam_options)
+
+    return change.run(job, plan, do, command, knobs.quiet, knobs.threads)
 
 
-def _sweep(job: EmbedJob, plan: Plan, knobs: Knobs) -> opt_out.Swept:
-    """Has keys of a list that is new to recorded units leave the table, before anything else is done."""
-    if not plan.unswept:
-        return opt_out.Swept({})
-    keys = opt_out.load(*job.opt_out)
-    swept = opt_out.sweep(job.output, job.spec, plan.unswept, keys, knobs.threads)
-    table.compact(job.output, lambda record: opt_out.marked(record, swept, keys))
-    return swept
-
-
-def _run_pipeline(job: EmbedJob, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
+def _run_pipeline(job: Job, plan: Plan, knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed.
 
     The manifest and the parts that lie there have the last word on what was done, whatever the workers said.

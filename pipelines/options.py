@@ -112,11 +112,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=positive, default=_DEFAULTS["max_pixels"], help="default: %(default)s")
     parser.add_argument("--shard-index", type=int, default=0, help="which of several launchers on one table this is")
     parser.add_argument("--num-shards", type=positive, default=1, help="how many launchers share the table")
-    parser.add_argument(
-        "--remove-missing", type=share, nargs="?", const=(10.0, True), metavar="N|P%",
-        help="have what came from shards that are not in the input any more leave the table; refused, with nothing "
-        "done, if those are more than so many samples of the table (default: 10%%)",
-    )  # fmt: skip
+    _removing(parser)
     _running(parser)
 
 
@@ -152,13 +148,25 @@ def _running(parser: argparse.ArgumentParser) -> None:
         metavar="N|P%",
         help="exit with 3 when the table has more dead letters than this",
     )
+    _opting_out(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _opting_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opt-out", metavar="FILE|none",
         help="keys that are to be in no table, one on each line, or as column `key` of a Parquet, CSV or TSV file: "
         "they are left out, and leave what is recorded; a table made with a list asks for one each time",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.epilog = "Options that are not ours go to Beam, e.g. --runner=FlinkRunner."
+
+
+def _removing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remove-missing", type=share, nargs="?", const=(10.0, True), metavar="N|P%",
+        help="have what came from shards that are not in the input any more leave the table; refused, with nothing "
+        "done, if those are more than so many samples of the table (default: 10%%)",
+    )  # fmt: skip
 
 
 def _index(parser: argparse.ArgumentParser) -> None:
@@ -471,6 +479,8 @@ def _import(parser: argparse.ArgumentParser) -> None:
         "--pretrained", default="", metavar="TAG|FILE", help="its weights, where the model does not bring its own"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    _opting_out(parser)
+    _removing(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 

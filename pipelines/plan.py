@@ -1,8 +1,8 @@
-"""What a run has to do: the shards as they are, compared with what the table holds."""
+"""What a run has to do: the units of the input as they are, compared with what the table holds."""
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from fusion_core import files, shards, table, unit
@@ -37,7 +37,7 @@ class Plan:
 
 
 def compare(
-    inputs: Sequence[str],
+    units: Iterable[Unit],
     output: str,
     spec: TableSpec,
     share: tuple[int, int] = (0, 1),
@@ -45,7 +45,7 @@ def compare(
     keys: OptOut | None = None,
     remove_missing: tuple[float, bool] | None = None,
 ) -> Plan:
-    """Compares the shards that `inputs` name with what the table at `output` holds.
+    """Compares the units of an input with what the table at `output` holds.
 
     `share`: (index, number) of this launcher among several on one table. `redo`: whether a unit is worked
     on again although its record and its input are what they were. `keys`: the opt-out list; a unit is worked on
@@ -67,7 +67,7 @@ def compare(
     stale = unrecorded(lying, manifest)
     planned: dict[str, str] = {}  # a unit's shard; a million units are looked at one by one, not held
     work, litter, skipped, unswept = [], list[str](), 0, list[ManifestRecord]()
-    for item in shards.plan(inputs, spec.input):
+    for item in units:
         if item.id in planned:
             raise shards.InputError(f"{item.shard} and {planned[item.id]} have the same unit id {item.id}: rename one")
         planned[item.id] = item.shard

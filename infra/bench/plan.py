@@ -81,10 +81,11 @@ def _batches(units: Iterator[Any]) -> Iterator[list[tuple[int, Any]]]:
 
 def child(pattern: str, place: str) -> None:
     """Plans in this process and tells what it cost."""
+    from fusion_core import shards
     from pipelines import plan
 
     started, cpu = time.perf_counter(), time.process_time()
-    planned = plan.compare([pattern], place, SPEC)
+    planned = plan.compare(shards.plan([pattern], SPEC.input), place, SPEC)
     told = {
         "seconds": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,

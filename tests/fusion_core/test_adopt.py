@@ -33,7 +33,7 @@ def vectors(n: int, seed: int, kind: str = "<f2", length: float = 1.0) -> np.nda
 def adopted(folder: Path, place: Path) -> table.Table:
     table.claim(str(place), IMPORTED)
     for triple in find(str(folder)):
-        adopt.adopt(triple, str(place), IMPORTED)
+        adopt.adopt(triple, unit.Work(triple.unit), str(place), IMPORTED)
     return table.Table.open(str(place))
 
 
@@ -315,7 +315,7 @@ def test_files_that_change_meanwhile_leave_no_unit(
 
     table.claim(str(tmp_path / "table"), IMPORTED)
     with pytest.raises(unit.InputChanged, match="meanwhile: run the command again"):
-        adopt.adopt(triple, str(tmp_path / "table"), IMPORTED, done=interfere)
+        adopt.adopt(triple, unit.Work(triple.unit), str(tmp_path / "table"), IMPORTED, done=interfere)
     assert table.read_manifest(str(tmp_path / "table")).by_unit == {}
     assert not list((tmp_path / "table").rglob("features/*"))
 

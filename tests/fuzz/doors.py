@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import adopt, build, fields, fusers, images, index, readers, shards, table
+from fusion_core import adopt, build, fields, fusers, images, index, readers, shards, table, unit
 from schemas.feature_table import InputSpec, Preprocess
 from schemas.records import SchemaMismatch
 from schemas.samples import ERRORS, DeadLetter, Sample
@@ -60,10 +60,10 @@ class Door:
 
 def _read_shard(folder: Path, name: str, data: bytes) -> None:
     (folder / name).write_bytes(data)
-    units = list(shards.plan([str(folder / name)], _SPEC))
+    planned = list(shards.plan([str(folder / name)], _SPEC))
     rows: dict[int, Sample | DeadLetter] = {}
-    for unit in units:
-        for item in readers.read(unit, _SPEC):
+    for one in planned:
+        for item in readers.read(one, _SPEC):
             assert item.key if isinstance(item, Sample) else item.error in ERRORS, item
             assert isinstance(item, DeadLetter) or item.row not in rows, "a row twice"
             rows[item.row] = item
@@ -237,7 +237,7 @@ def embeddings(scratch: Path) -> Door:
     def enter(folder: Path, name: str, data: bytes) -> None:
         (triple,) = adopt.find(_instead(whole, folder / "in", name, data))
         table.claim(str(folder / "out"), spec)
-        record = adopt.adopt(triple, str(folder / "out"), spec)
+        record = adopt.adopt(triple, unit.Work(triple.unit), str(folder / "out"), spec)
         assert record.rows_in == triple.unit.rows == record.rows_out + record.rows_dead
 
     return Door(whole, enter, (adopt.BadImport,))

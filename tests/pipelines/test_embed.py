@@ -21,8 +21,8 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from safetensors.numpy import load_file, save_file
 
-from fusion_core import files, table, towers
-from pipelines import cli, embed, plan, runner, workers
+from fusion_core import files, shards, table, towers
+from pipelines import change, cli, embed, plan, runner, workers
 from schemas.feature_table import TableSpec
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
@@ -319,8 +319,8 @@ def test_status_of_a_run_whose_launcher_died(tmp_path: Path, run: Run, capsys: p
 def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*pairs(9), ("bad.jpg", b""), ("bad.txt", b"x")])
     spec = TableSpec(towers.load(towers.DEMO).spec)
-    job = embed.EmbedJob(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
-    planned = plan.compare([str(tmp_path / "a.tar")], job.output, spec)
+    job = change.Job(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
+    planned = plan.compare(shards.plan([str(tmp_path / "a.tar")], spec.input), job.output, spec)
     knobs = runner.Knobs(workers=2)
     pipeline = beam.Pipeline(options=PipelineOptions(runner.local_runner(knobs, [])))
     pipeline | beam.Create(planned.work, reshuffle=False) | embed.EmbedUnits(job, knobs)

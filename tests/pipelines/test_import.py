@@ -30,8 +30,9 @@ def folder(source: table.Table) -> Path:
     return place
 
 
-def bring(folder: Path, output: Path, model: str = towers.DEMO) -> int:
-    return cli.main(["import", str(folder), "--output", str(output), "--model", model, "--device", "cpu", "--quiet"])
+def bring(folder: Path, output: Path, model: str = towers.DEMO, *options: str) -> int:
+    command = ["import", str(folder), "--output", str(output), "--model", model, "--device", "cpu", "--quiet"]
+    return cli.main([*command, *options])
 
 
 def rows(place: str | Path) -> pa.Table:
@@ -128,6 +129,40 @@ def test_it_resumes_and_follows_its_folder(
     found = rows(place)
     of_two = [name.endswith("metadata_02.parquet") for name in found["shard"].to_pylist()]
     np.testing.assert_array_equal(table.to_numpy(found["image_embedding"].combine_chunks())[of_two], changed[::-1])
+
+
+def test_listed_keys_and_files_that_are_gone_leave_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, place, fresh = tmp_path / "left", tmp_path / "table", tmp_path / "fresh"
+    shutil.copytree(folder, left)
+    vectors = np.load(left / "img_emb" / "img_emb_04.npy")
+    vectors[1] = np.nan
+    np.save(left / "img_emb" / "img_emb_04.npy", vectors)
+    assert bring(left, place) == cli.DONE
+    keys = rows(place)["key"].to_pylist()
+    broken = table.Table.open(str(place)).dead_letters()["key"].to_pylist()
+    assert len(keys) == 29 and len(broken) == 1
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join([keys[0], keys[10], *broken, "nobody"]))
+    for name in ("img_emb/img_emb_09.npy", "text_emb/text_emb_09.npy", "metadata/metadata_09.parquet"):
+        (left / name).unlink()
+    capsys.readouterr()
+    assert bring(left, place, towers.DEMO, "--opt-out", str(listed), "--remove-missing", "5%") == cli.USAGE
+    assert "3 of its 30 samples are of shards that are not in the input" in capsys.readouterr().err
+    for output in (place, fresh):
+        assert bring(left, output, towers.DEMO, "--opt-out", str(listed), "--remove-missing") == cli.DONE
+    said = capsys.readouterr().out
+    assert "27 samples = 24 rows + 0 dead letters + 3 opted out" in said
+    assert "3 of its 4 keys found" in said and "found in no unit of the table, e.g. nobody" in said
+    assert rows(place).equals(rows(fresh))
+    assert rows(place)["key"].to_pylist() == [key for key in keys[:-3] if key not in (keys[0], keys[10])]
+    assert set(table.list_parts(str(place))) == set(table.list_parts(str(fresh)))
+    assert table.verify(str(place)) == table.verify(str(fresh)) == []
+    assert bring(left, place) == cli.USAGE
+    assert "was made with an opt-out list: give it again" in capsys.readouterr().err
+    assert bring(left, place, towers.DEMO, "--opt-out", "none") == cli.DONE
+    assert rows(place)["key"].to_pylist() == keys[:-3]
 
 
 def test_the_wrong_model_is_found_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

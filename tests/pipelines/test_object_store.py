@@ -209,6 +209,7 @@ def test_a_key_is_taken_as_it_is(store: Path) -> None:
     assert table.verify("s3://corpus/odd table") == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_repeated_gives_the_same_table(store: Path) -> None:
     place = "s3://corpus/killed"
     command = [

@@ -91,6 +91,7 @@ simplejpeg.decode_jpeg = broken
 """
 
 
+@pytest.mark.slow
 def test_an_image_at_which_its_process_crashes_or_hangs_costs_no_neighbour(tmp_path: Path) -> None:
     members = pairs(40)
     for row, comment in ((7, b"crash here"), (21, b"hang here"), (39, b"crash here")):
