@@ -12,6 +12,7 @@ import numpy as np
 from fusion_core import files, fusers, index, report, search, table, towers, training
 from fusion_core.demo import scenes, shards
 from pipelines import cli
+from schemas.errors import UserError
 from schemas.fuser import FuserRecord
 
 _PER_SHARD = 300
@@ -20,6 +21,7 @@ _TEXTS = ("two large red stars on a white background", "a small blue ring left o
 _CHANGE = "green"  # what the third search asks of its picture
 _FUSERS = ("combiner", "attention")
 _DRAWINGS = 2  # of each scene, degraded: one leaves too few queries to tell how much better a fuser is
+_OTHERS = {"table.json": "a feature table", "index.json": "an index", "fuser.json": "a fuser"}
 _LEAST_PAIRS = 800  # of which a tenth is to tell when training has done enough
 
 
@@ -27,6 +29,9 @@ def run(output: str, pairs: int) -> int:
     """Generates shards, embeds, indexes and searches them, and writes `report.html`; returns the exit code."""
     started = time.perf_counter()
     folder = Path(output)
+    for name, what in _OTHERS.items():
+        if (folder / name).exists():
+            raise UserError(f"{output} is {what}: name a folder of its own for the demo (--output)")
     print(f"generating {pairs:,} captioned scenes, {len(shards.BROKEN)} broken ones among them")
     shards.write_shards(folder / "shards", pairs, _PER_SHARD, _SEED)
     query = folder / "query.jpg"

@@ -27,6 +27,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_demo_writes_into_no_table(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(demo.rglob("*"))
+    for name in ("table", "index"):
+        assert cli.main(["demo", "--output", str(demo / name)]) == 2
+        assert "name a folder of its own" in capsys.readouterr().err
+    assert sorted(demo.rglob("*")) == before
+
+
 def test_the_demo_ends_with_a_report_that_shows_the_whole_way(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     opened = table.Table.open(str(demo / "table"))
