@@ -1,6 +1,6 @@
 """The embedding job: shards in, feature table out.
 
-    Create(work) | EmbedUnits = (Reshuffle | ParDo(RunUnit))
+    Deal(work) | ParDo(RunUnit)
 
 Each unit is read, decoded, embedded and written by one DoFn call, so that heavy bytes never cross a shuffle and a unit
 commits whole or not at all. What to do is the launcher's to plan (plan.py), and it has the last word on success.
@@ -9,7 +9,7 @@ commits whole or not at all. What to do is the launcher's to plan (plan.py), and
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
@@ -18,6 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from fusion_core import table, towers, unit
 from pipelines import change, progress, runner, workers
 from pipelines.change import Job
+from pipelines.deal import Deal
 from pipelines.plan import Plan
 from pipelines.runner import Knobs
 from schemas.feature_table import ManifestRecord, RunRecord
@@ -84,18 +85,6 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
             return worker.run(order, progress.add_samples)
 
 
-class EmbedUnits(beam.PTransform):  # type: ignore[misc]
-    """Work -> Outcome, spread over the workers."""
-
-    def __init__(self, job: Job, knobs: Knobs):
-        super().__init__()
-        self._job, self._knobs = job, knobs
-
-    def expand(self, work: Any) -> Any:
-        """Reshuffle keeps the order, so big units start first."""
-        return work | beam.Reshuffle() | beam.ParDo(RunUnit(self._job, self._knobs))
-
-
 def _count(record: ManifestRecord) -> None:
     for name in ("rows_in", "rows_out", "rows_dead", "rows_reused"):
         Metrics.counter(_NAMESPACE, name).inc(getattr(record, name))
@@ -119,7 +108,7 @@ def _run_pipeline(job: Job, plan: Plan, knobs: Knobs, beam_options: Sequence[str
     """
     options = PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options])
     pipeline = beam.Pipeline(options=options)
-    pipeline | "Units" >> beam.Create(plan.work, reshuffle=False) | "EmbedUnits" >> EmbedUnits(job, knobs)
+    pipeline | "Units" >> Deal(unit.Work, plan.work) | "EmbedUnits" >> beam.ParDo(RunUnit(job, knobs))
     runner.run(pipeline, beam_options)
     told = progress.take_failures()
     manifest, lying = table.read_manifest(job.output, brief=True), table.list_parts(job.output)

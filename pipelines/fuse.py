@@ -1,6 +1,6 @@
 """The fusing job: a feature table and a fuser or a text tower in, a feature table out that has their vectors.
 
-    Create(work) | FuseUnits = (Reshuffle | ParDo(FuseUnit))
+    Deal(work) | ParDo(FuseUnit)
 
 Units and rows are those of the source. A unit is done again when its part at the source is another one, and taken out
 when it is gone there: running the same command again resumes, or follows the source.
@@ -17,7 +17,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from fusion_core import files, fuse, table, towers, unit
 from fusion_core.fuse import FuseWork
 from fusion_core.table import Table, TableError
-from pipelines import progress, runner
+from pipelines import change, progress, runner
+from pipelines.deal import Deal
 from pipelines.plan import Plan, unrecorded
 from pipelines.runner import Knobs
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec, TowerSpec
@@ -111,29 +112,17 @@ def run(job: FuseJob, source: Table, knobs: Knobs, command: str, beam_options: S
     planned, items = plan(source, job.output, job.spec)
     if items and job.text_tower:
         towers.for_spec(job.text_tower, job.device)  # what is wrong with it is said before work starts
-    watch = progress.Watch(job.output, command, planned, knobs.quiet)
-    with watch:
-        failures = _run_pipeline(job, items, knobs, beam_options) if items else []
-        watch.update(
-            units_done=len(items) - len(failures),
-            units_failed=len(failures),
-            failures=tuple(failures[:100]),
-            state="failed" if failures else "done",
-        )
-        if not failures:
-            for record in planned.gone:
-                table.remove_unit(job.output, record)
-        files.remove_stale_temporaries(job.output)
-        if items or planned.gone:
-            table.compact(job.output)
-    return watch.run
+
+    def do() -> list[str]:
+        return _run_pipeline(job, items, knobs, beam_options)
+
+    return change.run(change.Job(job.output, job.spec), planned, do, command, knobs.quiet)
 
 
 def _run_pipeline(job: FuseJob, items: Sequence[FuseWork], knobs: Knobs, beam_options: Sequence[str]) -> list[str]:
     """Runs the units on the chosen Beam runner; returns what failed, by the manifest."""
     pipeline = beam.Pipeline(options=PipelineOptions([*runner.local_runner(knobs, beam_options), *beam_options]))
-    units = pipeline | "Units" >> beam.Create(items, reshuffle=False) | "Deal" >> beam.Reshuffle()
-    units | "FuseUnits" >> beam.ParDo(FuseUnit(job))
+    pipeline | "Units" >> Deal(FuseWork, items) | "FuseUnits" >> beam.ParDo(FuseUnit(job))
     runner.run(pipeline, beam_options)
     told = progress.take_failures()
     standing = table.read_manifest(job.output).by_unit

@@ -2,7 +2,7 @@
 
     python -m infra.bench.plan [--quick] [--units 1000000]
 
-new       no record stands: every shard becomes a unit to do
+new       no record stands: every shard becomes a unit to do, and the Beam job is made that does them (`job MB`)
 standing  every unit is recorded and its part is there: nothing to do
 The shards and parts are empty files: their number costs, not their content. Each case runs in a process of its own.
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
@@ -30,7 +30,10 @@ from infra.bench.table import SPEC, record
 from schemas import records
 from schemas.feature_table import InputSpec
 
-COLUMNS = ("what", "units", "seconds", "CPU seconds", "peak GiB", "manifest MB", "bytes a unit in it")
+if TYPE_CHECKING:
+    from pipelines.plan import Plan
+
+COLUMNS = ("what", "units", "seconds", "CPU seconds", "peak GiB", "manifest MB", "bytes a unit in it", "job MB")
 EACH = 10_000  # files in one folder
 
 
@@ -86,7 +89,9 @@ def child(pattern: str, place: str) -> None:
 
     started, cpu = time.perf_counter(), time.process_time()
     planned = plan.compare(shards.plan([pattern], SPEC.input), place, SPEC)
+    job_bytes = _job_bytes(place, planned) if planned.work else 0
     told = {
+        "job": job_bytes,
         "seconds": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -94,6 +99,19 @@ def child(pattern: str, place: str) -> None:
         "skipped": planned.skipped,
     }
     print(json.dumps(told))
+
+
+def _job_bytes(place: str, planned: "Plan") -> int:
+    """Makes the Beam job of what is planned; returns what is sent to a runner."""
+    import apache_beam as beam
+
+    from fusion_core import unit
+    from pipelines import change, deal, embed, runner
+
+    pipeline = beam.Pipeline()
+    run_unit = embed.RunUnit(change.Job(place, SPEC), runner.Knobs(local=False))
+    pipeline | deal.Deal(unit.Work, planned.work) | beam.ParDo(run_unit)
+    return int(pipeline.to_runner_api().ByteSize())
 
 
 def measured(pattern: str, place: str) -> dict[str, Any]:
@@ -129,7 +147,9 @@ def main() -> None:
             cost = measured(pattern, str(folder / place))
             assert (cost["work"], cost["skipped"]) == expected, cost
             size = manifest_bytes if what == "standing" else 0
-            found.append([what, units, cost["seconds"], cost["cpu"], cost["peak"] / 2**30, size / 1e6, size / units])
+            peak = cost["peak"] / 2**30
+            row = [what, units, cost["seconds"], cost["cpu"], peak, size / 1e6, size / units, cost["job"] / 1e6]
+            found.append(row)
     measure.tell("plan", args, load, COLUMNS, found)
 
 

@@ -21,8 +21,8 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from safetensors.numpy import load_file, save_file
 
-from fusion_core import files, shards, table, towers
-from pipelines import change, cli, embed, plan, runner, workers
+from fusion_core import files, shards, table, towers, unit
+from pipelines import change, cli, deal, embed, plan, runner, workers
 from schemas.feature_table import TableSpec
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 
@@ -323,7 +323,7 @@ def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     planned = plan.compare(shards.plan([str(tmp_path / "a.tar")], spec.input), job.output, spec)
     knobs = runner.Knobs(workers=2)
     pipeline = beam.Pipeline(options=PipelineOptions(runner.local_runner(knobs, [])))
-    pipeline | beam.Create(planned.work, reshuffle=False) | embed.EmbedUnits(job, knobs)
+    pipeline | deal.Deal(unit.Work, planned.work) | beam.ParDo(embed.RunUnit(job, knobs))
     result = pipeline.run()
     result.wait_until_finish()
     found = result.metrics().query(MetricsFilter().with_namespace("fusion"))["counters"]
