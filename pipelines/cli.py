@@ -130,7 +130,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     if fuser:
         fusers.keep(fuser, output)
     share = args.shard_index, args.num_shards
-    units = shards.plan(args.input, inputs)
+    units = partial(shards.plan, args.input, inputs)
     planned = plan.compare(units, output, spec, share, keys=keys, remove_missing=args.remove_missing)
     if planned.work:
         _prepare(args, rest)
@@ -199,7 +199,7 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
         return DONE
     keys, place = _opt_out(args), feature_table.place
     planned = plan.compare(
-        shards.plan(broken, spec.input), place, spec, redo=lambda record: record.rows_dead > 0, keys=keys
+        partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.rows_dead > 0, keys=keys
     )
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
@@ -359,7 +359,7 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
         return DONE
     keys = _opt_out(args)
     planned = plan.compare(
-        shards.plan(broken, spec.input), place, spec, redo=lambda record: record.unit.id in units, keys=keys
+        partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.unit.id in units, keys=keys
     )
     _prepare(args, rest)
     towers.for_spec(spec.tower, args.device, args.pretrained)
@@ -685,8 +685,9 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
     if existing:
         spec = table.claim(output, spec)
     named = {triple.unit.id: triple for triple in triples}
-    units = (triple.unit for triple in triples)
-    planned = plan.compare(units, output, spec, keys=keys, remove_missing=args.remove_missing)
+    planned = plan.compare(
+        lambda: (triple.unit for triple in triples), output, spec, keys=keys, remove_missing=args.remove_missing
+    )
     if planned.work:
         some = [named[work.unit.id] for work in planned.work]
         compared = adopt.check_model(some, towers.for_spec(tower, args.device, args.pretrained))

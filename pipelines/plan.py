@@ -37,7 +37,7 @@ class Plan:
 
 
 def compare(
-    units: Iterable[Unit],
+    units: Callable[[], Iterable[Unit]],
     output: str,
     spec: TableSpec,
     share: tuple[int, int] = (0, 1),
@@ -47,6 +47,7 @@ def compare(
 ) -> Plan:
     """Compares the units of an input with what the table at `output` holds.
 
+    `units` is called once the manifest is read: the memory that reading it takes is not needed beside a listing.
     `share`: (index, number) of this launcher among several on one table. `redo`: whether a unit is worked
     on again although its record and its input are what they were. `keys`: the opt-out list; a unit is worked on
     again, too, when a key that it left out is not on it. `remove_missing`: have units leave the table whose shard is
@@ -67,7 +68,7 @@ def compare(
     stale = unrecorded(lying, manifest)
     planned: dict[str, str] = {}  # a unit's shard; a million units are looked at one by one, not held
     work, litter, skipped, unswept = [], list[str](), 0, list[ManifestRecord]()
-    for item in units:
+    for item in units():
         if item.id in planned:
             raise shards.InputError(f"{item.shard} and {planned[item.id]} have the same unit id {item.id}: rename one")
         planned[item.id] = item.shard

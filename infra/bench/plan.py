@@ -88,7 +88,7 @@ def child(pattern: str, place: str) -> None:
     from pipelines import plan
 
     started, cpu = time.perf_counter(), time.process_time()
-    planned = plan.compare(shards.plan([pattern], SPEC.input), place, SPEC)
+    planned = plan.compare(lambda: shards.plan([pattern], SPEC.input), place, SPEC)
     job_bytes = _job_bytes(place, planned) if planned.work else 0
     told = {
         "job": job_bytes,

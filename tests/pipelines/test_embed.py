@@ -320,7 +320,7 @@ def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*pairs(9), ("bad.jpg", b""), ("bad.txt", b"x")])
     spec = TableSpec(towers.load(towers.DEMO).spec)
     job = change.Job(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
-    planned = plan.compare(shards.plan([str(tmp_path / "a.tar")], spec.input), job.output, spec)
+    planned = plan.compare(lambda: shards.plan([str(tmp_path / "a.tar")], spec.input), job.output, spec)
     knobs = runner.Knobs(workers=2)
     pipeline = beam.Pipeline(options=PipelineOptions(runner.local_runner(knobs, [])))
     pipeline | deal.Deal(unit.Work, planned.work) | beam.ParDo(embed.RunUnit(job, knobs))
