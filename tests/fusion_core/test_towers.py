@@ -228,7 +228,7 @@ def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     torch.backends.cpu.get_cpu_capability() != "AVX2" and "AMD" not in str(torch.cpu.get_capabilities()["cpu_name"]),
     reason="to the bit: seen with AVX2, and with AVX512 on AMD; job tests allow a step",
 )
-@pytest.mark.parametrize("precision", {"fp32", towers.load(towers.DEMO, device="cpu").spec.precision})
+@pytest.mark.parametrize("precision", sorted({"fp32", towers.load(towers.DEMO, device="cpu").spec.precision}))
 def test_a_rows_vector_does_not_depend_on_its_neighbours(vit: Path, precision: str) -> None:
     towers.one_thread_each()  # as in a job
     rng = np.random.default_rng(0)
