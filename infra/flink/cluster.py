@@ -239,8 +239,11 @@ def _marker(name: str, folder: Path) -> str:
 
 def _is_ours(pid: int, name: str, folder: Path) -> bool:
     """Whether a process number still is this part's: another process may have it by now."""
+    place = Path(f"/proc/{pid}")
     try:
-        seen = [Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ")]
+        if not (place / "cmdline").read_bytes():  # one that has just been started, or has ended
+            return (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        seen = [(place / what).read_bytes() for what in ("cmdline", "environ")]
     except OSError:
         return False
     return any(_marker(name, folder).encode() in text for text in seen)
