@@ -40,7 +40,7 @@ class Cluster:
 
     @property
     def beam_options(self) -> list[str]:
-        """What `fusion embed` and `fusion index` need to run here."""
+        """What `fusion embed`, `fuse` and `index` need to run here."""
         return [
             "--runner=PortableRunner",
             f"--job_endpoint=localhost:{self.job}",
@@ -262,7 +262,7 @@ def main() -> int:
         elif args.what == "start":
             cluster.start()
             print(f"Flink's page: http://localhost:{cluster.rest}; logs: {cluster.folder}")
-            print("add to fusion embed, retry or index:\n  " + " ".join(cluster.beam_options))
+            print("add to fusion embed, retry, fuse or index:\n  " + " ".join(cluster.beam_options))
         elif args.what == "stop":
             cluster.stop()
     except RuntimeError as error:

@@ -96,8 +96,8 @@ def interrupt(run: "subprocess.Popen[str]", place: Path, what: Callable[[], None
     assert recorded(place) < SHARDS, "too late to disturb the run"
 
 
-def assert_same_table(folder: Path, output: str) -> None:
-    local, found = (table.Table.open(str(folder / name)) for name in ("local", output))
+def assert_same_table(folder: Path, output: str, expected: str = "local") -> None:
+    local, found = (table.Table.open(str(folder / name)) for name in (expected, output))
     assert pa.Table.from_batches(found.scan()).equals(pa.Table.from_batches(local.scan()))
     assert found.dead_letters().equals(local.dead_letters())
     assert [part.path for part in found.parts] == [part.path for part in local.parts]
@@ -121,6 +121,16 @@ def test_an_index_is_built_there_too(cluster: Any, folder: Path) -> None:
         assert done.returncode == 0, done.stderr
         files.append(sorted(path.name for path in (folder / name).glob("vectors-*")))  # named by their content
     assert files[0] and files[0] == files[1]
+
+
+def test_a_table_is_fused_there_too(cluster: Any, folder: Path) -> None:
+    for name, options in (("fused-here", []), ("fused-there", cluster.beam_options)):
+        fuse = [sys.executable, "-m", "pipelines.cli", "fuse", f"{folder}/local", "--output", f"{folder}/{name}"]
+        fuser = ["--fuser", "weighted_sum:image=0.3,text=0.7", "--quiet"]
+        done = subprocess.run([*fuse, *fuser, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "fused_embedding" in table.Table.open(str(folder / "fused-there")).schema.names
+    assert_same_table(folder, "fused-there", "fused-here")
 
 
 def test_a_killed_task_managers_units_are_done_by_the_other(cluster: Any, folder: Path) -> None:
