@@ -118,7 +118,7 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     keys = _opt_out(args)
 
     from fusion_core import towers
-    from pipelines import change, embed, plan, runner
+    from pipelines import change, plan, runner
 
     runner.check_beam_options(rest, vars(args))
     existing = table.read_spec(output)
@@ -132,10 +132,6 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     share = args.shard_index, args.num_shards
     units = partial(shards.plan, args.input, inputs)
     planned = plan.compare(units, output, spec, share, keys=keys, remove_missing=args.remove_missing)
-    if planned.work:
-        _prepare(args, rest)
-        if not embed.runs_apart(_knobs(args, rest)):  # else it is the workers that import open_clip and load them
-            towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, change.Job(output, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
@@ -201,8 +197,6 @@ def _retry(args: argparse.Namespace, rest: list[str]) -> int:
     planned = plan.compare(
         partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.rows_dead > 0, keys=keys
     )
-    _prepare(args, rest)
-    towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
@@ -222,12 +216,16 @@ def _check_of_shards(spec: "TableSpec", place: str) -> None:
 
 
 def _run(args: argparse.Namespace, rest: list[str], job: "Job", planned: "Plan") -> int:
-    from fusion_core import report, table
+    from fusion_core import report, table, towers
     from pipelines import embed, workers
 
     knobs = _knobs(args, rest)
-    if planned.work and embed.runs_apart(knobs):
-        workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
+    if planned.work:
+        _prepare(args, rest)
+        if embed.runs_apart(knobs):  # then it is the workers that import open_clip and load the towers
+            workers.start(min(knobs.threads, len(planned.work)), job.spec.tower, args.device, job.pretrained)
+        else:
+            towers.for_spec(job.spec.tower, args.device, args.pretrained)
     run = embed.run(job, planned, knobs, _recorded(args.arguments), rest)
     feature_table = table.Table.open(job.output)
     _summarize(feature_table, run)
@@ -361,8 +359,6 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     planned = plan.compare(
         partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.unit.id in units, keys=keys
     )
-    _prepare(args, rest)
-    towers.for_spec(spec.tower, args.device, args.pretrained)
     return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 

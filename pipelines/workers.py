@@ -24,6 +24,7 @@ from multiprocessing import connection, forkserver
 from typing import Any
 
 from fusion_core import opt_out, towers, unit
+from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -112,10 +113,15 @@ class Worker:
         return self._connection.recv()
 
     def wait(self) -> None:
-        """Returns when the towers are loaded; a process that failed to says so at its first unit."""
+        """Returns when the towers are loaded, or raises the UserError for which they cannot be; a process that failed
+        otherwise says so at its first unit.
+        """
+        wrong = None
         with suppress(EOFError, ConnectionError):
             self._connection.send(_READY)
-            self._connection.recv()
+            wrong = self._connection.recv()
+        if wrong:
+            raise wrong
 
     @property
     def is_alive(self) -> bool:
@@ -131,7 +137,7 @@ class Worker:
 
 
 def start(n: int, spec: TowerSpec, device: str, pretrained: str) -> None:
-    """Has `n` workers with these towers ready."""
+    """Has `n` workers with these towers ready; raises the UserError for which they cannot be loaded."""
     with ExitStack() as stack:
         for worker in [stack.enter_context(borrowed(spec, device, pretrained)) for _ in range(n)]:
             worker.wait()
@@ -241,7 +247,7 @@ def _serve(orders: Any, row: Any, spec: TowerSpec, device: str, pretrained: str)
         if order == _END:
             return
         if order == _READY:
-            orders.send(0)
+            orders.send(model if isinstance(model, UserError) else None)
         elif isinstance(model, Exception):
             orders.send(Failure(_explain(order.work.unit.shard, model)))
         else:

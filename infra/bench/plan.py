@@ -84,7 +84,6 @@ def _batches(units: Iterator[Any]) -> Iterator[list[tuple[int, Any]]]:
 
 def child(pattern: str, place: str) -> None:
     """Plans in this process and tells what it cost."""
-    from fusion_core import shards
     from pipelines import plan
 
     started, cpu = time.perf_counter(), time.process_time()

@@ -179,6 +179,8 @@ class Cluster:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
+        while process.poll() is None and not _is_ours(process.pid, name, self.folder):
+            time.sleep(0.01)  # for an instant after its start, a process has no command line
         self._started.append(process)
         (self.folder / f"{name}.pid").write_text(str(process.pid))
 
@@ -239,11 +241,8 @@ def _marker(name: str, folder: Path) -> str:
 
 def _is_ours(pid: int, name: str, folder: Path) -> bool:
     """Whether a process number still is this part's: another process may have it by now."""
-    place = Path(f"/proc/{pid}")
     try:
-        if not (place / "cmdline").read_bytes():  # one that has just been started, or has ended
-            return (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        seen = [(place / what).read_bytes() for what in ("cmdline", "environ")]
+        seen = [Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ")]
     except OSError:
         return False
     return any(_marker(name, folder).encode() in text for text in seen)

@@ -125,7 +125,20 @@ def test_towers_that_cannot_be_had_are_said(tmp_path: Path) -> None:
     given = order(tmp_path, "a", 1)
     with workers.borrowed(given.spec.tower, "cpu", str(tmp_path / "moved.safetensors")) as worker:
         failure = worker.run(given, lambda n: None)
+        with pytest.raises(towers.TowerError):
+            worker.wait()
     assert isinstance(failure, workers.Failure) and "a.tar: TowerError" in failure.why
+
+
+def test_a_retry_with_other_weights_is_refused_before_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", [*pairs(3), ("bad.jpg", b""), ("bad.txt", b"x")])
+    assert cli.main([*command(tmp_path), "--workers", "2"]) == 0
+    runs = len(list((tmp_path / "table" / "runs").iterdir()))
+    retry = ["retry", str(tmp_path / "table"), "--pretrained", str(tmp_path / "no.safetensors"), "--quiet"]
+    for workers_ in ("1", "2"):
+        assert cli.main([*retry, "--workers", workers_]) == 2
+        assert "leave out --pretrained" in capsys.readouterr().err
+    assert len(list((tmp_path / "table" / "runs").iterdir())) == runs
 
 
 @pytest.mark.slow
