@@ -80,17 +80,19 @@ class Cluster:
             time.sleep(0.2)
         for name in self.running():
             self.kill(name, signal.SIGKILL)
+        for process in self._started:
+            process.wait()
         for path in self.folder.glob("*.pid"):
             path.unlink()
 
     def running(self) -> dict[str, int]:
         """The process of each part that runs."""
-        for process in self._started:
-            process.poll()
+        # A process that dies has no command line for a while before its parent hears of its end.
+        alive = [process.pid for process in self._started if process.poll() is None]
         found = {}
         for path in sorted(self.folder.glob("*.pid")):
             pid = int(path.read_text())
-            if _is_ours(pid, path.stem, self.folder):
+            if pid in alive or _is_ours(pid, path.stem, self.folder):
                 found[path.stem] = pid
         return found
 

@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
     finally:
         found.stop()
-    assert found.running() == {}
+    assert found.running() == {} and all(process.returncode is not None for process in found._started)
 
 
 def _free_ports(n: int) -> int:
