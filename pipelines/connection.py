@@ -6,6 +6,7 @@ server wait longest goes first.
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,13 +90,20 @@ class Connection(H11Protocol):
             self._stop()  # uvicorn's time between two requests begins
 
     def send_400_response(self, msg: str) -> None:
-        """What came is not HTTP."""
+        """What came is not HTTP, or its head is longer than is read."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is on its way, or given
             self.transport.abort()
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        if (
+            getattr(sys.exception(), "error_status_hint", 0) == 431
+        ):  # uvicorn calls this where it has caught h11's error
+            self.refuse(
+                431, "the request's head is too long", "request", "send long texts in the body of a POST /search"
+            )
+            return
         self.refuse(400, f"{msg.rstrip('.')}: it is no HTTP/1.1", "request", "send requests by an HTTP library")
 
     def refuse(self, status: int, error: str, where: str, remedy: str) -> None:

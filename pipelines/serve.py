@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import logging
 import math
-import re
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -104,23 +104,28 @@ class Refused(Exception):
 # --- what is asked and answered
 
 
-class Ask(BaseModel):
-    """A search. At least one of text, id and key; filters and the rest as in `fusion search`."""
+class Like(BaseModel):
+    """How a search by a row goes: filters and the rest as in `fusion search`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    text: str | None = Field(default=None, max_length=10_000, description="What to look for, in words")
-    id: int | None = Field(default=None, ge=0, le=_LAST_ID, description="More like the row with this id")
-    key: str | None = Field(default=None, max_length=4_096, description="More like the row with this key")
     k: int = Field(default=10, ge=1, description="How many results")
-    image_weight: float = Field(default=0.5, ge=0, le=1, description="Of the picture, where there is a text, too")
-    by_rank: bool = Field(default=False, description="Fuse the rankings of picture and text instead of their vectors")
-    by_score: bool = Field(default=False, description="Fuse their scores, z-normed, by image_weight")
     where: str | None = Field(default=None, max_length=4_096, description="E.g. width >= 512")
     collapse: float | None = Field(
         default=None, gt=0, le=1, description="Leave out what is this similar to a better one"
     )
     diversity: float = Field(default=0.0, ge=0, le=1, description="0: the best; towards 1: the best that differ")
+
+
+class Ask(Like):
+    """A search. At least one of text, id and key; filters and the rest as in `fusion search`."""
+
+    text: str | None = Field(default=None, max_length=10_000, description="What to look for, in words")
+    id: int | None = Field(default=None, ge=0, le=_LAST_ID, description="More like the row with this id")
+    key: str | None = Field(default=None, max_length=4_096, description="More like the row with this key")
+    image_weight: float = Field(default=0.5, ge=0, le=1, description="Of the picture, where there is a text, too")
+    by_rank: bool = Field(default=False, description="Fuse the rankings of picture and text instead of their vectors")
+    by_score: bool = Field(default=False, description="Fuse their scores, z-normed, by image_weight")
 
 
 class Posted(Ask):
@@ -263,13 +268,18 @@ def build(searcher: Searcher, limits: Limits | None = None, token: str = "", hos
         version="1",
         docs_url=None,  # Swagger's page loads its scripts from a CDN
         redoc_url=None,
-        responses={status: {"model": Problem} for status in (401, 422, 503)},
+        responses=_problems(401, 403, 422, 503),
     )
     _add_errors(app)
     _add_page(app, searcher, limits, meters, token)
     _add_searches(app, Batcher(searcher, limits.batch, meters), limits)
     _add_pictures(app, searcher, ThreadPoolExecutor(PICTURE_THREADS, "fusion-picture"))
     return Guard(app, limits, meters, token, hosts)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of refusals."""
+    return {status: {"model": Problem} for status in statuses}
 
 
 def _time_faiss(searcher: Searcher, meters: Meters) -> None:
@@ -288,7 +298,7 @@ def _add_searches(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
             raise Refused(422, f"k is {ask.k:,}; at most {limits.k:,} are answered", "k", "ask for fewer results")
         fields = ask.model_dump()
         if fields.get("vector") is not None:
-            fields["vector"] = np.asarray(fields["vector"], np.float32)
+            fields["vector"] = np.asarray(fields["vector"], np.float64)
         found = await batcher.ask(Query(**fields, image=image))
         if isinstance(found, BadQuery):
             raise Refused(422, str(found), "query", "change the query and ask again")
@@ -299,22 +309,16 @@ def _add_searches(app: FastAPI, batcher: Batcher, limits: Limits) -> None:
         """Rows found by text, id or key."""
         return await answer(ask)
 
-    @app.post("/search", response_model=Results, openapi_extra=_post_body())
+    @app.post("/search", response_model=Results, openapi_extra=_post_body(), responses=_problems(400, 408, 413, 415))
     async def search_with_body(request: Request) -> Response:
         """Rows found by text, picture, both, vector, id or key. A JSON body, or multipart/form-data with `image`."""
         ask, image = await _read_ask(request)
         return await answer(ask, image)
 
     @app.get("/similar/{id}", response_model=Results)
-    async def similar(
-        id: Annotated[int, InPath(ge=0, le=_LAST_ID)],
-        k: Annotated[int, InQuery(ge=1)] = 10,
-        where: Annotated[str | None, InQuery(max_length=4_096)] = None,
-        collapse: Annotated[float | None, InQuery(gt=0, le=1)] = None,
-        diversity: Annotated[float, InQuery(ge=0, le=1)] = 0.0,
-    ) -> Response:
+    async def similar(id: Annotated[int, InPath(ge=0, le=_LAST_ID)], how: Annotated[Like, InQuery()]) -> Response:
         """Other rows that are like this one."""
-        return await answer(Ask(id=id, k=k, where=where, collapse=collapse, diversity=diversity))
+        return await answer(Ask(id=id, **how.model_dump()))
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -335,6 +339,10 @@ async def _read_ask(request: Request) -> tuple[Posted, bytes | None]:
         for name, value in form.multi_items():
             if not isinstance(value, str):
                 image = await _read_upload(name, value)
+            elif name == "image":
+                raise Refused(
+                    422, "`image` came as a field without a filename", name, "send it as a file: -F image=@FILE"
+                )
             elif name == "vector":
                 fields[name] = _decoded(value.encode(), name)
             else:
@@ -345,7 +353,7 @@ async def _read_ask(request: Request) -> tuple[Posted, bytes | None]:
 
 
 async def _read_form(request: Request) -> FormData:
-    boundary = re.search(r'boundary="?([^";,]+)', request.headers["content-type"])
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
     tail = b""
 
     async def watched() -> AsyncGenerator[bytes, None]:
@@ -361,7 +369,7 @@ async def _read_form(request: Request) -> FormData:
         raise Refused(
             400, f"the form is broken: {error}", "body", "send multipart/form-data as RFC 7578 has it"
         ) from error
-    if boundary is None or f"--{boundary[1]}--".encode() not in tail:  # the parser leaves out a part that was cut
+    if b"--%b--" % boundary not in tail:  # the parser leaves out a part that was cut
         await form.close()
         raise Refused(400, "the form ends before its last boundary", "body", "send all of it")
     return form
@@ -425,7 +433,9 @@ def _add_pictures(app: FastAPI, searcher: Searcher, threads: Executor) -> None:
             return Response(images.thumbnail(picture, size, limits.max_pixels), 200, headers, "image/jpeg")
         return Response(picture, 200, headers, images.media_type(picture))
 
-    @app.get("/image/{id}", response_class=Response, responses={200: {"content": {"image/*": {}}}, 404: {}})
+    @app.get(
+        "/image/{id}", response_class=Response, responses={200: {"content": {"image/*": {}}}, **_problems(404, 502)}
+    )
     async def image(
         request: Request,
         id: Annotated[int, InPath(ge=0, le=_LAST_ID)],
@@ -459,7 +469,7 @@ def _add_page(app: FastAPI, searcher: Searcher, limits: Limits, meters: Meters, 
         """Counters and histograms for Prometheus."""
         return Response(meters.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    @app.post("/login", status_code=204, openapi_extra={"requestBody": {"content": _login_body()}})
+    @app.post("/login", status_code=204, openapi_extra=_login_body(), responses=_problems(408, 413))
     async def login(request: Request) -> Response:
         """Sets a cookie that stands for the token, so that a page's pictures can be shown. No script can read it."""
         given = await _read_json(request, Login)
@@ -476,7 +486,7 @@ def _add_page(app: FastAPI, searcher: Searcher, limits: Limits, meters: Meters, 
 
 
 def _login_body() -> dict[str, Any]:
-    return {"application/json": {"schema": Login.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": Login.model_json_schema()}}}}
 
 
 def _static(path: Path) -> Callable[[], Any]:
@@ -704,7 +714,7 @@ def _is_allowed(scope: Scope, token: str) -> bool:
     if not token:
         return True
     kind, _, given = _header(scope, b"authorization").partition(" ")
-    if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
+    if kind.lower() == "bearer" and hmac.compare_digest(given.strip(" ").encode("latin-1"), token.encode()):
         return True
     session = _session(token)
     cookies = (pair.strip().partition("=") for pair in _header(scope, b"cookie").split(";"))
@@ -729,6 +739,8 @@ def bind(host: str, port: int, token: str) -> tuple[socket.socket, list[str]]:
             f"the token has {len(token)} characters; give at least {MIN_TOKEN_CHARACTERS}, e.g. by "
             "python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
+    if token != token.strip():
+        raise ServeError("the token begins or ends with white space, which no header carries: leave it out")
     if not 0 <= port < 1 << 16:
         raise ServeError(f"--port {port} does not lie in 0..65535")
     try:

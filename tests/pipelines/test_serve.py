@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -104,6 +105,18 @@ def test_a_vector_and_a_row_find_their_nearest(client: Client, place: str) -> No
     assert [row["rank"] for row in similar] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("factor", [1e-60, 1e60])
+def test_a_vectors_length_does_not_matter(client: Client, factor: float) -> None:
+    vector = np.random.default_rng(0).normal(size=64)
+    assert client.post_json({"vector": (factor * vector).tolist()}).ids == client.post_json({"vector": [*vector]}).ids
+
+
+def test_a_search_by_row_refuses_what_it_does_not_know(client: Client) -> None:
+    assert_told(client.get("/similar/1?k=3&wher=width+%3E+64"), 422, "wher")
+    assert_told(client.get("/similar/1?text=x"), 422, "text")
+    assert_told(client.get("/similar/1?k=1001"), 422, "at most 1,000")
+
+
 def test_a_filter_holds_and_a_broken_one_says_so(client: Client) -> None:
     wide = client.get("/search?text=x&k=50&where=width+%3E+64")
     assert {row["width"] for row in wide.json["results"]} == {80, 90}
@@ -179,9 +192,16 @@ def test_forms_and_types_that_are_not_taken(client: Client) -> None:
     assert_told(client.ask("POST", "/search", b"--cut\r\n", {"content-type": "multipart/form-data"}), 400)
     text_as_image = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\nwords\r\n--cut--\r\n'
     kind = {"content-type": "multipart/form-data; boundary=cut"}
-    assert_told(client.ask("POST", "/search", text_as_image, kind), 422, "image")
+    assert_told(client.ask("POST", "/search", text_as_image, kind), 422, "filename")
     assert_told(client.ask("DELETE", "/search"), 405)
     assert_told(client.get("/nowhere"), 404)
+
+
+@pytest.mark.parametrize("kind", ["Boundary=cut", 'boundary="cut;here"', 'charset=utf-8; boundary="cut here"'])
+def test_a_boundary_may_be_written_in_any_way(client: Client, kind: str) -> None:
+    boundary = kind.rpartition("=")[2].strip('"')
+    body = f'--{boundary}\r\nContent-Disposition: form-data; name="text"\r\n\r\nx\r\n--{boundary}--\r\n'
+    assert client.ask("POST", "/search", body, {"content-type": f"multipart/form-data; {kind}"}).status == 200
 
 
 # --- pictures
@@ -377,15 +397,20 @@ def test_who_does_not_take_the_answers_loses_the_connection(searcher: Searcher) 
     "data",
     [
         b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
-        b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000,
         b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
-    ids=["TLS", "a long head", "a broken chunk"],
+    ids=["TLS", "a broken chunk"],
 )
 def test_what_is_not_http_is_told_so(client: Client, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     assert_told(answer_on(raw(client, data)), 400, "HTTP")
     assert not caplog.records
+
+
+def test_a_head_that_is_too_long_is_told_so(client: Client) -> None:
+    text = urllib.parse.quote("一" * 9_000)
+    assert_told(answer_on(raw(client, f"GET /search?text={text} HTTP/1.1\r\n".encode())), 431, "too long")
+    assert client.post_json({"text": "一" * 9_000}).status == 200
 
 
 def test_a_form_that_was_cut_is_not_half_a_question(client: Client) -> None:
@@ -456,6 +481,12 @@ def test_with_a_token_nothing_is_told_without_it(searcher: Searcher) -> None:
         assert client.get("/search?text=x", Host="anything.example", **right).status == 200
 
 
+def test_a_token_of_any_letters_is_known(searcher: Searcher) -> None:
+    token = "déjà vu et encore à"  # its last byte in UTF-8 is a space in Latin-1
+    with serving(searcher, token=token) as client:
+        assert client.get("/metrics", Authorization=f"Bearer {token}".encode().decode("latin-1")).status == 200
+
+
 def test_a_login_gives_a_cookie_that_does_not_tell_the_token(searcher: Searcher) -> None:
     kind = {"content-type": "application/json"}
     with serving(searcher, token=TOKEN) as client:
@@ -496,6 +527,25 @@ def test_the_description_names_every_route_and_what_it_takes(client: Client) -> 
     assert named == set(serve.Ask.model_fields)
     bodies = described["paths"]["/search"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"application/json", "multipart/form-data"}
+
+
+def test_answers_are_as_described(client: Client) -> None:
+    described = client.get("/openapi.json").json
+    form = {"content-type": "multipart/form-data; boundary=cut"}
+    for route, method, path, body, headers in (
+        ("/search", "get", "/search?text=x", None, {}),
+        ("/search", "get", "/search?k=0", None, {}),
+        ("/search", "get", "/search?text=x", None, {"Host": "evil.example"}),
+        ("/search", "post", "/search", "{}", {}),
+        ("/search", "post", "/search", "--cut", form),
+        ("/similar/{id}", "get", "/similar/1", None, {}),
+        ("/image/{id}", "get", "/image/9999", None, {}),
+        ("/login", "post", "/login", "{}", {}),
+    ):
+        answer = client.ask(method.upper(), path, body, headers)
+        told = described["paths"][route][method]["responses"][str(answer.status)]
+        name = told["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert set(answer.json) == set(described["components"]["schemas"][name]["required"])
 
 
 def test_what_is_served_and_how_it_does_can_be_read(client: Client, place: str) -> None:
@@ -545,6 +595,7 @@ def test_servers_that_cannot_be_started_say_why(
     for options, word in (
         ([place, "--host", "0.0.0.0"], "FUSION_TOKEN"),
         ([place, "--host", "0.0.0.0", "--token", "short"], "at least 16"),
+        ([place, "--port", "0", "--token", f"{TOKEN}\n"], "white space"),
         ([place, "--host", "nowhere.invalid"], "nowhere.invalid"),
         ([place, "--port", taken], "choose another --port"),
         ([place, "--port", "99999"], "99999"),
