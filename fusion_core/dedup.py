@@ -196,6 +196,8 @@ def _check_spec(spec: DedupSpec, table: Table) -> None:
         raise BadDuplicates(f"there is no rule {spec.keep!r} for the best row: similarity, pixels or first")
     if spec.cosine is not None:
         table.check_embedding(spec.column)
+    elif spec.column != DedupSpec.column:
+        raise BadDuplicates(f"the vectors of {spec.column} are compared by a cosine: give one (--cosine 0.95), too")
 
 
 def _standing(place: str) -> DedupRecord | None:

@@ -70,7 +70,8 @@ class Query:
     def candidates(self) -> int:
         """How many rows of each search the answer is chosen from."""
         from_more = self.rearranges or self.by_rank or self.by_score
-        return max(LEAST_CANDIDATES, OVERSAMPLING * self.k) if from_more else self.k
+        k = int(self.k)  # numpy's whole numbers are welcome, and lack some methods of Python's
+        return max(LEAST_CANDIDATES, OVERSAMPLING * k) if from_more else k
 
 
 def open(path: str, device: str = "auto", pretrained: str = "", fuser: str = "", ahead: bool = False) -> "Searcher":
@@ -400,7 +401,9 @@ def _ids_by_key(index: Index, keys: set[str]) -> dict[str, list[int]]:
 def _the_row(query: Query, by_key: Mapping[str, list[int]], rows: int) -> int:
     if query.id is not None:
         if not 0 <= query.id < rows:
-            raise BadQuery(f"no row has the id {query.id}: ids are 0 to {rows - 1}")
+            raise BadQuery(
+                f"no row has the id {query.id}: " + (f"ids are 0 to {rows - 1}" if rows else "there are none")
+            )
         return int(query.id)
     assert query.key is not None
     ids = by_key.get(query.key, [])

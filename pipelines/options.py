@@ -184,8 +184,9 @@ def _index(parser: argparse.ArgumentParser) -> None:
         help="recall@10 against exact search, for queries of either modality (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-bytes-per-vector", type=positive, default=0, metavar="N", help="no larger index than this"
-    )
+        "--max-bytes-per-vector", type=positive, default=0, metavar="N",
+        help="no larger index than this; a table of up to 20,000 rows is searched exactly, whatever that takes",
+    )  # fmt: skip
     parser.add_argument(
         "--keep", metavar="DEDUP", default="", help="leave out the rows that `fusion dedup TABLE --output DEDUP` drops"
     )

@@ -1,6 +1,7 @@
 """What `fusion search` does: one query from the command line, or many from a file."""
 
 import argparse
+import codecs
 import json
 import re
 import sys
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 def _answer_file(args: argparse.Namespace, searcher: Searcher, how: Mapping[str, Any]) -> int:
     bad = total = 0
     with open(args.queries, "rb") as lines:
+        if lines.peek(3).startswith(codecs.BOM_UTF8):  # some editors write it
+            lines.read(3)
         asked = (
             (number, _read(line, how, searcher, args.allow_url)) for number, line in enumerate(lines, 1) if line.strip()
         )

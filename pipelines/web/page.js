@@ -46,7 +46,8 @@ const hasPicture = (state) => state.like !== null || state.picture !== null;
 function go(changes, replace = false) {
   const state = { ...read(), k: PAGE, ...changes };
   const next = address(state);
-  if (replace) history.replaceState(null, "", next);
+  const same = new URL(next, location.href).href === location.href; // Enter in "Only where" changes, then submits
+  if (replace || same) history.replaceState(null, "", next);
   else history.pushState(null, "", next);
   return show(state);
 }

@@ -248,6 +248,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         (DedupSpec(cosine=1.5), "not 1.5"),
         (DedupSpec(cosine=0.0), "not 0.0"),
         (DedupSpec(cosine=float("nan")), "not nan"),
+        (DedupSpec(column="text_embedding"), "give one"),
         (DedupSpec(keep="best"), "no rule 'best'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(BadDuplicates, match=message):

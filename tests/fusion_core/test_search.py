@@ -198,6 +198,12 @@ def test_more_than_there_is_gives_what_there_is(by_image: Searcher, pictures: Pi
     assert sorted(found["id"].to_pylist()) == np.flatnonzero(pictures.has_image).tolist()
 
 
+@pytest.mark.parametrize("how", [{}, {"collapse": 0.9}, {"by_rank": True, "diversity": 0.5}])
+def test_numbers_may_be_numpys(by_image: Searcher, how: dict[str, Any]) -> None:
+    numpys = by_image.search(id=np.int64(3), k=np.int32(5), **how)
+    assert numpys.equals(by_image.search(id=3, k=5, **how)) and numpys.num_rows == 5
+
+
 def test_an_empty_index_answers_with_no_rows(pictures: Pictures, demo: Towers, tmp_path: Path) -> None:
     found = Searcher(open_index(tmp_path, pictures, demo, keep=slice(6, 7)), demo).search(text="a red circle")
     assert found.schema == ANSWER and found.num_rows == 0

@@ -132,6 +132,12 @@ def test_a_file_of_queries_is_answered_line_by_line(search: Any, place: Path, tm
         assert list(of[number][0]) == ["query", "error"] and message in of[number][0]["error"]
 
 
+def test_a_file_of_queries_may_begin_with_a_byte_order_mark(search: Any, tmp_path: Path) -> None:
+    (tmp_path / "queries").write_text('{"id": 3}\n', "utf-8-sig")
+    code, rows, _ = search("--queries", str(tmp_path / "queries"), "-k", "1")
+    assert (code, rows[0]) == (0, {"query": 1, **search("--id", "3", "-k", "1")[1][0]})
+
+
 def test_more_queries_than_go_together_keep_their_order(search: Any, tmp_path: Path) -> None:
     (tmp_path / "queries").write_text("".join(f'{{"id": {number % PAIRS}}}\n' for number in range(150)))
     code, rows, _ = search("--queries", str(tmp_path / "queries"), "-k", "1")

@@ -256,6 +256,18 @@ def test_toggles_and_filters_stand_in_the_address(page: Page, client: Client) ->
     assert page.one("#diverse").is_selected() and page.one("#where").get_attribute("value") == "width > 64"
 
 
+def test_back_leaves_a_search_however_often_it_was_sent(page: Page, client: Client) -> None:
+    for address in ("/?q=x", "/?q=y"):
+        page.driver.get(f"{client.url}{address}")
+        page.results()
+    page.one("#where").send_keys("width > 64\n")  # changes the condition, and sends it
+    page.wait(lambda: len(page.results()) <= 3)
+    page.one("#text").send_keys("\n")
+    page.results()
+    page.driver.back()
+    page.wait(lambda: page.driver.current_url == f"{client.url}/?q=x")
+
+
 def test_errors_say_what_to_do(page: Page, searcher: Searcher) -> None:
     with serving(searcher) as client:
         page.driver.get(f"{client.url}/?q=x&where=width+%3E%3E%3E+3")
