@@ -273,6 +273,17 @@ def test_a_table_within_the_folder_that_is_read_is_refused(
     assert not (tmp_path / "table").exists()
 
 
+@pytest.mark.parametrize("command", ["embed", "verify"])
+def test_a_damaged_record_that_no_shard_makes_anew_goes(tmp_path: Path, run: Run, command: str) -> None:
+    corpus(tmp_path, shards=1, each=2)
+    assert run("--workers", "1") == 0
+    place = tmp_path / "table"
+    (place / "manifest" / "gone-0123456789ab.json").write_text('{"unit": ')
+    assert cli.main(["verify", str(place)]) == 1
+    assert (run() if command == "embed" else cli.main(["verify", str(place), "--repair"])) == 0
+    assert table.verify(str(place)) == [] and read(place).num_rows == 2
+
+
 def test_a_retry_that_fails_says_so(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
