@@ -303,7 +303,8 @@ class PendingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with suppress(OSError):  # on a full disk not even what is buffered can be written, and it is not wanted
+            self.close()
         self.path.unlink(missing_ok=True)
         self._unlock()
 
