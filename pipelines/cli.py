@@ -392,9 +392,6 @@ def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[st
     assert spec is not None  # the table was just verified
     _check_of_shards(spec, place)
     broken = sorted(set(table.shards_of(place, units)))
-    if not broken and args.opt_out is None:
-        table.compact(place)  # leaves out a damaged file of the manifest in which nothing was that is missed
-        return DONE
     return _again(args, rest, place, spec, broken, lambda record: record.unit.id in units)
 
 

@@ -273,6 +273,19 @@ def test_a_table_within_the_folder_that_is_read_is_refused(
     assert not (tmp_path / "table").exists()
 
 
+def test_what_a_run_left_that_died_while_it_took_a_unit_out_is_repaired(tmp_path: Path, run: Run) -> None:
+    first, _ = corpus(tmp_path, shards=2, each=2)
+    assert run("--workers", "1") == 0
+    place, kept = tmp_path / "table", parts(tmp_path / "table")
+    first.unlink()
+    assert run("--remove-missing", "50%") == 0
+    for name, data in kept.items():
+        (place / "features" / name).write_bytes(data)
+    assert len(table.verify(str(place))) == 1
+    assert cli.main(["verify", str(place), "--repair"]) == 0
+    assert table.verify(str(place)) == [] and read(place).num_rows == 2
+
+
 @pytest.mark.parametrize("command", ["embed", "verify"])
 def test_a_damaged_record_that_no_shard_makes_anew_goes(tmp_path: Path, run: Run, command: str) -> None:
     corpus(tmp_path, shards=1, each=2)
