@@ -62,14 +62,14 @@ def parts(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / "features").iterdir())}
 
 
-def fails_for(prefix: str) -> Callable[[files.PendingFile, str], None]:
+def fails_for(prefix: str) -> Callable[..., None]:
     """A PendingFile.publish that finds the disk full for names that begin so."""
     publish = files.PendingFile.publish
 
-    def full(self: files.PendingFile, name: str) -> None:
+    def full(self: files.PendingFile, name: str, **how: bool) -> None:
         if name.startswith(prefix):
             raise OSError(28, "No space left on device")
-        publish(self, name)
+        publish(self, name, **how)
 
     return full
 
