@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,9 +259,10 @@ def sidecar_texts(data: bytes) -> tuple[str | None, str | None, str]:
 
 
 def clean(name: str) -> str:
-    """The name with what UTF-8 cannot hold (bytes of another encoding in a file name) written as escapes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return name
+    """The name with what UTF-8 cannot hold (bytes of another encoding in a file name, half a surrogate pair from JSON)
+    written as escapes.
+    """
+    for errors in ("strict", "surrogateescape"):
+        with suppress(UnicodeEncodeError):
+            return name.encode("utf-8", errors).decode("utf-8", "backslashreplace")
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -59,7 +59,7 @@ def is_local(place: str) -> bool:
 
 def join(place: str, *names: str) -> str:
     """The place below `place`."""
-    return "/".join([place.rstrip("/") or "/", *names]) if names else place
+    return "/".join([place.rstrip("/"), *names]) if names else place
 
 
 def absolute(place: str) -> str:
@@ -69,7 +69,14 @@ def absolute(place: str) -> str:
     _check_no_credentials(place)
     if place.startswith("file://"):
         place = place[len("file://") :]
-    return os.path.abspath(os.path.expanduser(place)) if is_local(place) else place.rstrip("/")
+    if not is_local(place):
+        return place.rstrip("/")
+    path = os.path.abspath(os.path.expanduser(place))
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise BadPlace(f"{path!r}: a name that is not UTF-8: rename it") from error
+    return path.removeprefix("/") if path.startswith("//") else path  # POSIX lets two slashes mean something else
 
 
 def redacted(text: str) -> str:
@@ -142,15 +149,29 @@ def is_folder(place: str) -> bool:
 def list_files(folder: str, recursive: bool = False) -> list[Entry]:
     """The files of a folder sorted by place; an absent folder has none. Hidden names (leading dot) are passed over."""
     filesystem, root = resolve(folder)
-    selector = pafs.FileSelector(root, recursive=recursive, allow_not_found=True)
     below = len(root.rstrip("/")) + 1
+    if recursive and is_local(folder):
+        infos = _walk(root)
+    else:
+        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=recursive, allow_not_found=True))
     entries = [
         _entry(join(folder, info.path[below:]), info)
-        for info in filesystem.get_file_info(selector)
+        for info in infos
         if info.type == pafs.FileType.File and not _hidden(info.path[below:])
     ]
     entries.sort(key=lambda entry: entry.place)
     return entries
+
+
+def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Any]:
+    """What is below a folder of this machine; a link to a folder that it lies in is not followed, round and round."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for info in _LOCAL.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
+        yield info
+        if info.type == pafs.FileType.Directory:
+            yield from _walk(info.path, above | {real})
 
 
 def open_input(place: str) -> BinaryIO:
@@ -282,7 +303,8 @@ class PendingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with suppress(OSError):  # on a full disk not even what is buffered can be written, and it is not wanted
+            self.close()
         self.path.unlink(missing_ok=True)
         self._unlock()
 

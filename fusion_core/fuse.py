@@ -93,8 +93,11 @@ def _with_texts(rows: pa.RecordBatch, text: Towers, known: dict[str, np.ndarray]
         matrix[row] = known[caption] if caption in known else embedded[caption]
     if len(known) < unit.KNOWN_LIMIT:
         known.update(embedded)
-    both = np.logical_and(*(rows[f"has_{side}"].to_numpy(zero_copy_only=False) for side in ("image", "text")))
+    has_text = np.zeros(rows.num_rows, bool)  # an imported row may have a caption without a vector
+    has_text[worded] = True
+    both = has_text & rows["has_image"].to_numpy(zero_copy_only=False)
     made = {
+        "has_text": pa.array(has_text),
         "text_embedding": table.to_arrow(matrix, rows.schema.field("text_embedding").type),
         "similarity": unit.similarity(image, matrix, both),
     }

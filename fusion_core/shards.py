@@ -80,6 +80,12 @@ def identity(unit: Unit) -> InputIdentity:
         return InputIdentity(entry.size_bytes, entry.mtime_ns, "unreadable")
 
 
+def missing(places: Sequence[str]) -> list[str]:
+    """Which of these shards are not there any more."""
+    entries = zip(places, files.stat_many(list(places)), strict=True)
+    return [place for place, entry in entries if entry is None and not files.is_folder(place)]
+
+
 # --- patterns -------------------------------------------------------------------------------------------------------
 
 

@@ -469,9 +469,12 @@ def has_parts(record: ManifestRecord, lying: dict[str, int]) -> bool:
 
 
 def shards_of(place: str, units: Iterable[str]) -> list[str]:
-    """The shards of units of the table at `place`, by their records or, without one, by what their parts say."""
+    """The shards of units of the table at `place`, by their records or, without one, by what their parts say; of a unit
+    that was taken out none.
+    """
     manifest, wanted = read_manifest(place), set(units)
-    found = [manifest.by_unit[unit].unit.shard for unit in sorted(wanted) if unit in manifest.by_unit]
+    known = [record for unit in sorted(wanted) if (record := manifest.by_unit.get(unit))]
+    found = [record.unit.shard for record in known if not record.removed]
     for path in list_parts(place):
         if unit_of_part(path) in wanted - manifest.by_unit.keys():
             part = pa.BufferReader(files.read_bytes(files.join(place, path)))

@@ -31,6 +31,10 @@ _RECORD_LINES = 1000  # a CSV record that spans more is an open quote
 _MARK_ROWS = 1000  # how often a row's byte offset is remembered, for the units that start behind it
 _MARKED_FILES = 8
 
+csv.field_size_limit(
+    fields.TEXT_BYTES
+)  # as long as a caption may be anywhere; Python's own limit is 131,072 characters
+
 # What pyarrow raises on damaged data. Storage failures are told apart by _Watched.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, IndexError)
 
@@ -187,9 +191,27 @@ def _values(array: pa.Array) -> list[object]:
     try:
         if pat.is_timestamp(array.type):  # as text: Python's own type holds neither nanoseconds nor every year
             return [text and text.replace(" ", "T", text[:1] != "<") for text in array.cast(pa.string()).to_pylist()]
-        return array.to_pylist()  # type: ignore[no-any-return]
+        return array.cast(_in_microseconds(array.type), safe=False).to_pylist()  # type: ignore[no-any-return]
     except _DAMAGE:
         return [_value(array, row) for row in range(len(array))]
+
+
+def _in_microseconds(kind: pa.DataType) -> pa.DataType:
+    """The type without nanoseconds: durations and nested times of these become objects of pandas, which are no JSON."""
+    if pat.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    if pat.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if not pat.is_nested(kind):
+        return kind
+    inner = [field.with_type(_in_microseconds(field.type)) for field in map(kind.field, range(kind.num_fields))]
+    if pat.is_struct(kind):
+        return pa.struct(inner)
+    if pat.is_list(kind):
+        return pa.list_(inner[0])
+    if pat.is_large_list(kind):
+        return pa.large_list(inner[0])
+    return pa.list_(inner[0], kind.list_size) if pat.is_fixed_size_list(kind) else kind
 
 
 def _value(array: pa.Array, row: int) -> object:
@@ -212,7 +234,8 @@ def listing_columns(place: str, spec: InputSpec) -> Columns:
     """What the columns of a CSV, TSV or JSONL file mean; raises InputError when none names images."""
     with _Text(place) as text:
         if _is_json(place):
-            names = list(dict.fromkeys(name for row in islice(_json_rows(text), _HEADER_ROWS) for name in row.values))
+            rows = islice(_json_rows(text), _HEADER_ROWS)
+            names = list(dict.fromkeys(fields.clean(name) for row in rows for name in row.values))
         else:
             names = _csv_header(text, place)
     return fields.find_columns(pa.schema([pa.field(name, pa.string()) for name in names]), spec, place)

@@ -43,7 +43,7 @@ def run(
                 table.remove_unit(job.output, record)
             watch.update(units_removed=len(plan.gone), rows_removed=sum(record.rows_out for record in plan.gone))
         files.remove_stale_temporaries(job.output)
-        if plan.work or plan.gone:
+        if plan.work or plan.gone or plan.damaged:  # what is damaged goes, though no unit of the input was in it
             table.compact(job.output)
     return watch.run
 

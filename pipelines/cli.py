@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext, redirect_stdout
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 from pipelines import options
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.change import Job
     from pipelines.plan import Plan
     from pipelines.runner import Knobs
-    from schemas.feature_table import RunRecord, TableSpec, TowerSpec
+    from schemas.feature_table import ManifestRecord, RunRecord, TableSpec, TowerSpec
     from schemas.job import JobRun
 
 DONE, FAILED, USAGE, TOO_MANY_DEAD, ALERT, LOCKED = 0, 1, 2, 3, 4, 5
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = options.build()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command not in ("embed", "retry", "verify", "index", "fuse"):
-        print(f"fusion {args.command}: {_unknown(args, rest[0])}; see fusion {args.command} --help", file=sys.stderr)
+    wrong = _stray(rest) if args.command in ("embed", "retry", "verify", "index", "fuse") else next(iter(rest), None)
+    if wrong is not None:
+        print(f"fusion {args.command}: {_unknown(args, wrong)}; see fusion {args.command} --help", file=sys.stderr)
         return USAGE
     _quieten()
     args.arguments = arguments
@@ -46,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):  # of a file where a folder should be, trying again would not help
             return USAGE if isinstance(error, NotADirectoryError) else FAILED
         return error.exit_code
+
+
+def _stray(rest: Sequence[str]) -> str | None:
+    """The first word among Beam's options that is neither an option nor can be the value of one."""
+    pairs = pairwise(("", *rest))
+    return next((word for before, word in pairs if word[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
 
 
 def _unknown(args: argparse.Namespace, word: str) -> str:
@@ -113,6 +121,12 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
             f"--shard-index {args.shard_index} is not one of 0…{args.num_shards - 1} (--num-shards)"
         )
     output = files.absolute(args.output)
+    for folder in (files.absolute(pattern) for pattern in args.input):
+        if f"{output}/".startswith(f"{folder.rstrip('/')}/") and files.is_folder(folder):
+            raise shards.InputError(
+                f"--output {output} is in the folder that is read: its files would be taken for shards the next time; "
+                f"name a place outside of {folder}, or the shards themselves ('{folder}/*.tar')"
+            )
     inputs = InputSpec(**{name: getattr(args, name) for name in InputSpec.__dataclass_fields__})
     next(iter(shards.plan(args.input, inputs)))  # that there is nothing to read is said before the slow imports
     keys = _opt_out(args)
@@ -182,21 +196,39 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _retry(args: argparse.Namespace, rest: list[str]) -> int:
-    from fusion_core import shards, table, towers
-    from pipelines import change, plan, runner
+    from fusion_core import table
+    from pipelines import runner
 
     runner.check_beam_options(rest, vars(args))
     feature_table = table.Table.open(args.table)
     spec = feature_table.spec
     _check_of_shards(spec, feature_table.place)
     broken = sorted({record.unit.shard for record in feature_table.records if record.rows_dead})
-    if not broken:
+    if not broken and args.opt_out is None:
         print(f"{feature_table.place}: no dead letters")
         return DONE
-    keys, place = _opt_out(args), feature_table.place
-    planned = plan.compare(
-        partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.rows_dead > 0, keys=keys
-    )
+    return _again(args, rest, feature_table.place, spec, broken, lambda record: record.rows_dead > 0)
+
+
+def _again(
+    args: argparse.Namespace,
+    rest: list[str],
+    place: str,
+    spec: "TableSpec",
+    broken: list[str],
+    redo: "Callable[[ManifestRecord], bool]",
+) -> int:
+    """Runs units of some shards of a table again; returns the exit code. What of the shards is gone is told."""
+    from fusion_core import shards, towers
+    from pipelines import change, plan
+
+    gone = set(shards.missing(broken))
+    there = [shard for shard in broken if shard not in gone] or broken  # if all are: where one looked is said
+    for shard in sorted(gone.intersection(broken) if there is not broken else ()):
+        print(f"{shard} is gone: what is wrong with it stays as it is", file=sys.stderr)
+    keys = _opt_out(args)
+    units = partial(shards.plan, there, spec.input) if there else tuple
+    planned = plan.compare(units, place, spec, redo=redo, keys=keys)
     return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
 
@@ -232,7 +264,11 @@ def _run(args: argparse.Namespace, rest: list[str], job: "Job", planned: "Plan")
     _tell_opt_out(feature_table, job, run)
     if run.state == "failed":
         return _tell_failures(run, len(planned.work) + len(planned.unswept))
-    report.write(feature_table, job.output, "Feature table", run)
+    try:
+        report.write(feature_table, job.output, "Feature table", run)
+    except table.TableError as error:  # a part that stood already is damaged: what this run was to do is done
+        print(f"no report: {error}", file=sys.stderr)
+        return FAILED
     return _judge_dead_letters(feature_table, args.max_dead_letters)
 
 
@@ -322,17 +358,20 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     from tqdm import tqdm
 
     from fusion_core import files, table
+    from pipelines import runner
 
-    place = files.absolute(args.table)
+    runner.check_beam_options(rest, vars(args))
+    if args.opt_out is not None and not args.repair:
+        print("fusion verify: --opt-out is for --repair: without it nothing is changed", file=sys.stderr)
+        return USAGE
+    place, code = files.absolute(args.table), None
     with tqdm(unit=" units", disable=args.json or args.quiet or not sys.stderr.isatty()) as bar:
         findings = table.verify(place, lambda record: bar.update() and None)
-        if findings and args.repair:
+        if args.repair and (findings or args.opt_out is not None):
             for finding in findings:
                 print(f"to repair: {finding.what}", file=sys.stderr)
             with redirect_stdout(sys.stderr):  # what is asked for is the findings
                 code = _repair(args, rest, place, {finding.unit for finding in findings})
-            if code:
-                return code
             findings = table.verify(place, lambda record: bar.update() and None)
     if args.json:
         print(json.dumps([{"unit": finding.unit, "what": finding.what} for finding in findings]))
@@ -340,26 +379,20 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
         for finding in findings:
             print(finding.what if not finding.unit else f"unit {finding.unit}: {finding.what}")
         print(f"{place}: {len(findings)} findings" if findings else f"{place}: whole")
-    return FAILED if findings else DONE
+    if code is None and args.max_dead_letters:  # a repair has said it
+        code = _judge_dead_letters(table.Table.open(place), args.max_dead_letters)
+    return FAILED if findings else code or DONE
 
 
 def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[str]) -> int:
     """Runs units again, and whatever else of their shards does not stand; returns the exit code."""
-    from fusion_core import shards, table, towers
-    from pipelines import change, plan, runner
+    from fusion_core import table
 
-    runner.check_beam_options(rest, vars(args))
     spec = table.read_spec(place)
     assert spec is not None  # the table was just verified
     _check_of_shards(spec, place)
     broken = sorted(set(table.shards_of(place, units)))
-    if not broken:
-        return DONE
-    keys = _opt_out(args)
-    planned = plan.compare(
-        partial(shards.plan, broken, spec.input), place, spec, redo=lambda record: record.unit.id in units, keys=keys
-    )
-    return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
+    return _again(args, rest, place, spec, broken, lambda record: record.unit.id in units)
 
 
 # --- index and search -----------------------------------------------------------------------------------------------

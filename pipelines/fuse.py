@@ -94,7 +94,8 @@ def plan(source: Table, output: str, spec: TableSpec) -> tuple[Plan, list[FuseWo
                 files.remove(files.join(output, path))
     items.sort(key=lambda item: (-item.source.rows_out, item.work.unit.id))
     gone = tuple(record for record in manifest.live if record.unit.id not in theirs)
-    planned = Plan(tuple(item.work for item in items), gone, len(theirs) - len(items))
+    work = tuple(item.work for item in items)
+    planned = Plan(work, gone, len(theirs) - len(items), damaged=bool(manifest.damaged))
     return planned, items
 
 

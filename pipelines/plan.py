@@ -16,13 +16,14 @@ LOG = logging.getLogger("fusion.plan")
 @dataclass(frozen=True)
 class Plan:
     """What a run has to do on a table: units to run (big ones first), records to take out, units that stand already,
-    and recorded units that have not been held against the opt-out list.
+    recorded units that have not been held against the opt-out list, and whether files of the manifest are damaged.
     """
 
     work: tuple[unit.Work, ...]
     gone: tuple[ManifestRecord, ...]
     skipped: int
     unswept: tuple[ManifestRecord, ...] = ()
+    damaged: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -95,7 +96,7 @@ def compare(
     for path in litter:
         files.remove(files.join(output, path))
     work.sort(key=lambda work: (-(work.unit.rows or 0), -work.unit.identity.size_bytes, work.unit.id))
-    return Plan(tuple(work), gone, skipped, tuple(unswept))
+    return Plan(tuple(work), gone, skipped, tuple(unswept), bool(manifest.damaged))
 
 
 def _is_in(share: tuple[int, int], unit_id: str) -> bool:

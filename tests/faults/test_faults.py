@@ -156,6 +156,15 @@ def harm(place: Path, chance: random.Random) -> Path:
     return path
 
 
+def test_what_is_thrown_away_on_a_full_disk_takes_no_more_room(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space"), files.PendingFile(str(tmp_path)) as pending:
+        pending._stream.close()
+        pending._stream = open("/dev/full", "wb")  # noqa: SIM115 (closed by the pending file)
+        pending.write(b"held in a buffer")
+        pending.publish("never")
+    assert pending.closed and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_verify_names_a_damaged_file_and_repairs_it(
     whole: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]

@@ -508,6 +508,8 @@ def test_parquet_meta_holds_the_other_columns_as_json(tmp_path: Path) -> None:
         "tz": pa.array([when], pa.timestamp("ms", "UTC")),
         "ns": pa.array([1709209815123456789], pa.timestamp("ns")),
         "far": pa.array([2**50], pa.timestamp("ms")),
+        "took": pa.array([1_500_000_001], pa.duration("ns")),
+        "times": pa.array([[1709209815123456789]], pa.list_(pa.timestamp("ns"))),
         "day": pa.array([when.date()]),
         "dec": pa.array([decimal.Decimal("1.50")]),
         "list": pa.array([[1, None]]),
@@ -529,6 +531,8 @@ def test_parquet_meta_holds_the_other_columns_as_json(tmp_path: Path) -> None:
         "ts": "2024-02-29T12:30:15.123456",
         "tz": "2024-02-29T12:30:15.123Z",
         "ns": "2024-02-29T12:30:15.123456789",
+        "took": "PT1.5S",
+        "times": ["2024-02-29T12:30:15.123456"],
         "day": "2024-02-29",
         "dec": "1.50",
         "list": [1, None],
@@ -809,6 +813,27 @@ def test_a_broken_json_line_takes_no_neighbour_with_it(tmp_path: Path) -> None:
         {"path": "i/0.jpg", "n": None},
         {"path": "i/1.jpg", "late": {"a": [1]}},
     ]
+
+
+def test_half_a_surrogate_pair_costs_no_neighbour(tmp_path: Path) -> None:
+    write_listing(tmp_path / "a.jsonl", ROWS)
+    lines = [
+        b'{"path": "i/0.jpg", "key": "\\ud800x"}',
+        b'{"path": "i/0.jpg", "key": "\\udce9"}',
+        b'{"path": "i/0.jpg", "\\ud800": 1, "key": "c"}',
+        b'{"path": "i/0.jpg", "key": "d"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    items = read(tmp_path / "a.jsonl")
+    assert errors(items) == ["", "", "MetadataNotJson", ""]
+    assert [item.key for item in items] == ["\\ud800x", "\\xe9", "c", "d"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_caption_in_a_listing_may_be_as_long_as_in_a_tar(tmp_path: Path, suffix: str) -> None:
+    caption = "long " * 100_000
+    items = read(write_listing(tmp_path / f"a.{suffix}", [{"path": "i/0.jpg", "caption": caption}]))
+    assert [item.caption for item in items if isinstance(item, Sample)] == [caption]
 
 
 @FEW

@@ -91,6 +91,20 @@ def test_each_shard_once_and_sorted_though_patterns_overlap(tmp_path: Path) -> N
     ]
 
 
+def test_a_place_has_one_name(tmp_path: Path) -> None:
+    tar(tmp_path, "0.tar")
+    assert names(plan(f"/{tmp_path}", tmp_path / "0.tar", f"//{tmp_path}/*"), tmp_path) == ["0.tar"]
+    assert files.join("/", "0.tar") == "/0.tar"
+
+
+def test_links_that_lead_back_are_not_followed_round_and_round(tmp_path: Path) -> None:
+    tar(tmp_path, "a/0.tar", "b/1.tar")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "here").symlink_to(".")
+    (tmp_path / "c").symlink_to("b")  # to another folder: followed
+    assert names(plan(tmp_path), tmp_path) == ["a/0.tar", "b/1.tar", "c/1.tar"]
+
+
 def test_each_loose_image_once_though_folders_overlap(tmp_path: Path) -> None:
     touch(tmp_path, "a/b/1.jpg", "a/2.jpg", "ab/3.jpg")
     units = plan(tmp_path / "a/b", tmp_path / "a", tmp_path / "ab")

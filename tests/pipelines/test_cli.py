@@ -173,6 +173,12 @@ def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.Ca
     assert part.name in finding["what"]
 
 
+def test_verify_judges_dead_letters_as_the_jobs_do(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(demo / "table"), "--max-dead-letters", "50%"]) == 0
+    assert cli.main(["verify", str(demo / "table"), "--max-dead-letters", "0"]) == 3
+    assert "more than --max-dead-letters allows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,7 +187,12 @@ def test_verify_says_what_is_wrong(demo: Path, tmp_path: Path, capsys: pytest.Ca
         (["status", "x", "y"], "'y' is one argument too many"),
         (["export", "TABLE", "--format", "webdataset", "--output", __file__], "a file is where a folder is expected"),
         (["search", __file__, "--text", "x"], "a file is where a folder is expected"),
+        (["verify", "TABLE", "TABLE"], "is one argument too many"),
+        (["retry", "TABLE", "--runner=FnApiRunner", "again"], "'again' is one argument too many"),
+        (["verify", "TABLE", "--repiar"], "no option --repiar, neither of fusion nor of Beam; did you mean --repair"),
+        (["verify", "TABLE", "--opt-out", "none"], "--opt-out is for --repair"),
         (["status", ""], "the name of a place is empty"),
+        (["status", "caf\udce9"], "a name that is not UTF-8"),
         (["embed", "--input", "", "--output", "x", "--model", "x"], "the name of a place is empty"),
         (["embed", "--input", __file__, "--output", "", "--model", "x"], "the name of a place is empty"),
         (["fuse", "TABLE", "--output", "x", "--text-model", "ViT-B-32"], "; --text-pretrained is a file or one of"),

@@ -62,14 +62,14 @@ def parts(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((place / "features").iterdir())}
 
 
-def fails_for(prefix: str) -> Callable[[files.PendingFile, str], None]:
+def fails_for(prefix: str) -> Callable[..., None]:
     """A PendingFile.publish that finds the disk full for names that begin so."""
     publish = files.PendingFile.publish
 
-    def full(self: files.PendingFile, name: str) -> None:
+    def full(self: files.PendingFile, name: str, **how: bool) -> None:
         if name.startswith(prefix):
             raise OSError(28, "No space left on device")
-        publish(self, name)
+        publish(self, name, **how)
 
     return full
 
@@ -232,6 +232,69 @@ def test_retry_after_a_repair_touches_only_the_dead_rows(
     assert_same_rows(read(tmp_path / "table"), read(tmp_path / "fresh"))
     assert cli.main(["retry", str(tmp_path / "table")]) == 0
     assert "no dead letters" in capsys.readouterr().out
+
+
+def test_what_is_gone_keeps_no_other_shard_from_being_retried_or_repaired(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [*pairs(2), ("bad.jpg", b""), ("bad.txt", b"x")])
+    assert run("--workers", "1") == 0
+    (tmp_path / "a.tar").unlink()
+    write_tar(tmp_path / "b.tar", pairs(3))
+    place = str(tmp_path / "table")
+    assert cli.main(["retry", place, "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert "6 samples = 5 rows + 1 dead letters" in said.out and f"{tmp_path}/a.tar is gone" in said.err
+    for part in (tmp_path / "table" / "features").iterdir():
+        part.write_bytes(part.read_bytes()[:-1])
+    assert cli.main(["verify", place, "--repair", "--workers", "1"]) == 1
+    assert f"{place}: 1 findings" in capsys.readouterr().out
+    (tmp_path / "b.tar").unlink()
+    assert cli.main(["retry", place]) == 2
+    assert "no file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["retry"], ["verify", "--repair"]])
+def test_a_list_counts_where_there_is_nothing_else_to_do(tmp_path: Path, run: Run, command: list[str]) -> None:
+    corpus(tmp_path, shards=1, each=3)
+    assert run("--workers", "1") == 0
+    (tmp_path / "keys.txt").write_text("000001\n")
+    assert cli.main([*command, str(tmp_path / "table"), "--opt-out", str(tmp_path / "keys.txt")]) == 0
+    assert read(tmp_path / "table")["key"].to_pylist() == ["000000", "000002"]
+
+
+def test_a_table_within_the_folder_that_is_read_is_refused(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus(tmp_path, shards=1, each=1)
+    assert run(input="") == 2
+    assert "is in the folder that is read" in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
+
+
+def test_what_a_run_left_that_died_while_it_took_a_unit_out_is_repaired(tmp_path: Path, run: Run) -> None:
+    first, _ = corpus(tmp_path, shards=2, each=2)
+    assert run("--workers", "1") == 0
+    place, kept = tmp_path / "table", parts(tmp_path / "table")
+    first.unlink()
+    assert run("--remove-missing", "50%") == 0
+    for name, data in kept.items():
+        (place / "features" / name).write_bytes(data)
+    assert len(table.verify(str(place))) == 1
+    assert cli.main(["verify", str(place), "--repair"]) == 0
+    assert table.verify(str(place)) == [] and read(place).num_rows == 2
+
+
+@pytest.mark.parametrize("command", ["embed", "verify"])
+def test_a_damaged_record_that_no_shard_makes_anew_goes(tmp_path: Path, run: Run, command: str) -> None:
+    corpus(tmp_path, shards=1, each=2)
+    assert run("--workers", "1") == 0
+    place = tmp_path / "table"
+    (place / "manifest" / "gone-0123456789ab.json").write_text('{"unit": ')
+    assert cli.main(["verify", str(place)]) == 1
+    assert (run() if command == "embed" else cli.main(["verify", str(place), "--repair"])) == 0
+    assert table.verify(str(place)) == [] and read(place).num_rows == 2
 
 
 def test_a_retry_that_fails_says_so(

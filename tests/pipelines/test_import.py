@@ -188,6 +188,11 @@ def test_the_wrong_model_is_found_out(folder: Path, tmp_path: Path, capsys: pyte
     assert bring(tmp_path / "pictures", tmp_path / "table") == cli.DONE
     assert "whether this model made the vectors cannot be checked" in capsys.readouterr().err
     assert not any(rows(tmp_path / "table")["has_text"].to_pylist())
+    fused = tmp_path / "fused"
+    fuse = ["fuse", str(tmp_path / "table"), "--text-model", towers.DEMO, "--output", str(fused), "--device", "cpu"]
+    assert cli.main([*fuse, "--quiet"]) == cli.DONE
+    assert all(rows(fused)["has_text"].to_pylist()) and rows(fused)["similarity"].null_count == 0
+    assert table.verify(str(fused)) == []
 
 
 def test_what_needs_the_pictures_is_refused(
