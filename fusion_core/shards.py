@@ -71,7 +71,7 @@ def identity(unit: Unit) -> InputIdentity:
     entry = files.stat(unit.shard)
     if entry is None:
         raise FileNotFoundError(errno.ENOENT, "the shard is gone", unit.shard)
-    if unit.layout != "listing":
+    if unit.layout != "listing" or not entry.size_bytes:
         return InputIdentity(entry.size_bytes, entry.mtime_ns)
     listing = tabular.Listing(unit.shard, Columns(path=unit.path_column))
     try:
@@ -414,6 +414,9 @@ class _Planner:
 
     def _listing(self, entry: Entry, columns: Columns | None) -> Iterator[Unit]:
         place = entry.place
+        if not entry.size_bytes:  # becomes a dead letter when it is read
+            yield Unit(_unit_id(place, 0), "listing", place, InputIdentity(0, entry.mtime_ns))
+            return
         columns = columns or tabular.listing_columns(place, self.spec)
         listing, start = tabular.Listing(place, columns), 0
         rows = listing.rows()

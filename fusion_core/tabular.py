@@ -391,7 +391,7 @@ def _csv_header(text: _Text, place: str) -> list[str]:
     for cells, problem in _csv_records(text, _delimiter(place)):
         if problem or any(not cell.isprintable() for cell in cells):
             raise InputError(f"{place} does not start with a line of column names in UTF-8: {problem or cells}"[:400])
-        return cells
+        return [cell.strip() for cell in cells]
     raise InputError(f"{place} is empty: expected a line of column names, such as image_path,caption")
 
 

@@ -763,6 +763,13 @@ def test_an_absolute_path_inside_the_folder_is_fine(tmp_path: Path) -> None:
     assert isinstance(item, Sample) and (item.image, item.key) == (b"0", "k")
 
 
+def test_spaces_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
+    write_listing(tmp_path / "a.csv", ROWS)
+    (tmp_path / "a.csv").write_text("path, caption\ni/0.jpg, first\n")
+    (item,) = read(tmp_path / "a.csv")
+    assert isinstance(item, Sample) and (item.image, item.caption, item.meta) == (b"0", " first", '{"path":"i/0.jpg"}')
+
+
 def test_a_broken_csv_row_takes_no_neighbour_with_it(tmp_path: Path) -> None:
     write_listing(tmp_path / "a.csv", ROWS)
     lines = [

@@ -200,7 +200,7 @@ def test_columns_that_are_missing_or_of_the_wrong_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.csv", "id,words\n1,a\n"), ("a.tsv", "a\tb\n"), ("a.jsonl", '{"b": 1}\n'), ("a.csv", "")]
+    ("name", "text"), [("a.csv", "id,words\n1,a\n"), ("a.tsv", "a\tb\n"), ("a.jsonl", '{"b": 1}\n'), ("a.csv", "\n")]
 )
 def test_listing_without_paths(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
@@ -287,9 +287,13 @@ def test_empty_shards_are_planned_too(tmp_path: Path) -> None:
     touch(tmp_path, "a.tar", data=b"")
     parquet(tmp_path / "b.parquet", {"image": pa.array([], pa.binary())})
     (tmp_path / "c.csv").write_text("path,caption\n")
+    touch(tmp_path, "d.csv", "e.jsonl", data=b"")
     units = plan(tmp_path)
-    assert [(u.layout, u.rows) for u in units] == [("tar", None), ("parquet", 0), ("listing", 0)]
-    assert [[getattr(i, "error", "") for i in readers.read(u, SPEC)] for u in units] == [["TruncatedShard"], [], []]
+    known = [("tar", None), ("parquet", 0), ("listing", 0), ("listing", None), ("listing", None)]
+    assert [(u.layout, u.rows) for u in units] == known
+    found = [[getattr(item, "error", "") for item in readers.read(unit, SPEC)] for unit in units]
+    assert found == [["TruncatedShard"], [], [], ["CorruptShard"], ["CorruptShard"]]
+    assert all(unit.identity == shards.identity(unit) for unit in units)
 
 
 def test_ids_are_unique_stable_and_fit_for_file_names(tmp_path: Path) -> None:
