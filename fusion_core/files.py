@@ -282,7 +282,8 @@ class PendingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with suppress(OSError):  # on a full disk what is buffered cannot go anywhere, and must not keep what is there
+            self.close()
         self.path.unlink(missing_ok=True)
         self._unlock()
 
