@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,18 @@ def test_the_image_has_the_beam_that_is_pinned() -> None:
         packages = re.split(r"\n(?=[a-z0-9])", text)[1:]
         assert len(packages) > 50 and all("--hash=sha256:" in package for package in packages)
     assert "python3.11" in arguments["BEAM_IMAGE"] and ":3.11." in arguments["PYTHON_IMAGE"]
+
+
+# --- the audit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["venv", "install", "dry-run"])
+def test_an_audit_that_could_ask_nobody_says_so(tmp_path: Path, fails: str) -> None:
+    (tmp_path / "uv").write_text(
+        '#!/bin/sh\ncase "$*" in venv*) step=venv;; *--dry-run*) step=dry-run;; *) step=install;; esac\n'
+        f'[ "$step" != {fails} ]\n'
+    )
+    (tmp_path / "uv").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run([str(INFRA / "audit.sh")], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "nothing is known" in ended.stderr
