@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,29 @@ def test_the_commands_are_ones_that_we_and_beam_know(where: str, command: list[s
         name, _, value = option.lstrip("-").partition("=")
         if name in known and isinstance(given[name], str):
             assert given[name] == value
+
+
+def test_what_works_in_a_pod_takes_the_cpus_that_it_requests() -> None:
+    config = yaml.safe_load((INFRA / "kubernetes" / "run-cronjob.yaml").read_text("utf-8").partition("---")[0])
+    found = 0
+    for document in documents():
+        for spec in pods(document):
+            for container in spec["containers"]:
+                if container.get("command") != ["fusion"] or any("--runner" in word for word in container["args"]):
+                    continue
+                cpus = int(container["resources"]["requests"]["cpu"])
+                if container["args"][0] == "run":
+                    sections = tomllib.loads(config["data"]["job.toml"])
+                    asked = [section["workers"] for section in (sections["embed"], *sections["index"])]
+                else:
+                    asked = [
+                        options.build()
+                        .parse_known_args([word.replace("$(INDEX)", "0") for word in container["args"]])[0]
+                        .workers
+                    ]
+                assert set(asked) == {cpus}, "by itself it takes as many as the node has"
+                found += 1
+    assert found == 2
 
 
 def test_there_are_commands_for_each_way() -> None:
