@@ -257,16 +257,19 @@ class Index:
 
         Without `verify` sizes and headers are checked but not hashes: for a place that nobody else can write to.
         """
-        place = versions.standing(files.absolute(place))
-        record = read_record(place)
+        root, record = files.absolute(place), None
+        place = versions.standing(root)
         try:
+            record = read_record(place)
             return cls._open_as(place, record, verify)
-        except BadIndex:
-            # A rebuild may have replaced the index between our reading of index.json and of the files it names.
-            again = read_record(place)
-            if again == record:
+        except (BadIndex, FileNotFoundError):
+            # A rebuild may have replaced the index between our reading of index.json and of the files it names; or a
+            # run removed the version that it was, because of a key that is opted out.
+            now = versions.standing(root)
+            again = read_record(now)
+            if (now, again) == (place, record):
                 raise
-            return cls._open_as(place, again, verify)
+            return cls._open_as(now, again, verify)
 
     @classmethod
     def _open_as(cls, place: str, record: IndexRecord, verify: bool) -> "Index":

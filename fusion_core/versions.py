@@ -9,6 +9,7 @@ next run goes on with it.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -137,10 +138,8 @@ def _folders(place: str) -> set[str]:
 def _link(source: str, target: str) -> None:
     """The record comes last; without it what lies there is not an index, and one is built anew."""
     where = files.join(source, _RECORD)
-    record = records.from_json(IndexRecord, files.read_bytes(where), where)
-    for part in record.files:
-        try:
+    with suppress(FileNotFoundError):  # of a version that lost its files, or all of its folder
+        record = records.from_json(IndexRecord, files.read_bytes(where), where)
+        for part in record.files:
             files.link(files.join(source, part.path), files.join(target, part.path))
-        except FileNotFoundError:
-            return
-    files.link(where, files.join(target, _RECORD))
+        files.link(where, files.join(target, _RECORD))

@@ -7,12 +7,19 @@ uv=$(command -v uv || echo .venv/bin/uv)
 pins=(infra/requirements.txt infra/requirements-dataflow.txt infra/requirements-test.txt)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-"$uv" venv --quiet --python .venv/bin/python "$scratch/env"
-"$uv" pip install --quiet --python "$scratch/env" pip-audit
+if ! { "$uv" venv --quiet --python .venv/bin/python "$scratch/env" \
+    && "$uv" pip install --quiet --python "$scratch/env" pip-audit; }; then
+    echo "pip-audit could not be installed; nothing is known of the pins" >&2
+    exit 2
+fi
 
 found=0
 for file in "${pins[@]}"; do
-    said=$("$uv" pip install --dry-run --require-hashes --python "$scratch/env" -r "$file" 2>&1)
+    if ! said=$("$uv" pip install --dry-run --require-hashes --python "$scratch/env" -r "$file" 2>&1); then
+        echo "$said" >&2
+        echo "$file: the index could not be asked; nothing is known of what was withdrawn" >&2
+        exit 2
+    fi
     if grep -i yanked <<<"$said"; then
         echo "$file: pins a release that was withdrawn: pin another" >&2
         found=1

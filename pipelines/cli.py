@@ -321,8 +321,7 @@ def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None
         return DONE
     found = feature_table.records
     dead, rows_in = sum(record.rows_dead for record in found), sum(record.rows_in for record in found)
-    value, percent = limit
-    if dead <= (value / 100 * rows_in if percent else value):
+    if not options.is_more(dead, rows_in, limit):
         return DONE
     print(f"{dead:,} dead letters of {rows_in:,} samples: more than --max-dead-letters allows", file=sys.stderr)
     return TOO_MANY_DEAD

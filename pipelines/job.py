@@ -205,7 +205,10 @@ def _publish() -> argparse.ArgumentParser:
 
 def _unit(text: str) -> float:
     """A number from 0 to 1."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number

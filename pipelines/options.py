@@ -587,3 +587,9 @@ def share(text: str) -> tuple[float, bool]:
     if not 0 <= value < float("inf") or (not percent and value != int(value)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples nor a percentage like 1%")
     return value, percent
+
+
+def is_more(count: int, whole: int, limit: tuple[float, bool]) -> bool:
+    """Whether a count is more than the limit that `share` read, of a whole; exact, as 29 / 100 * 100 is below 29."""
+    value, percent = limit
+    return (100 * count / whole if percent and whole else count) > value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fusion_core import files, shards, table, unit
 from fusion_core.opt_out import NOTHING, OptOut
+from pipelines import options
 from schemas.feature_table import ManifestRecord, TableSpec
 from schemas.samples import Unit
 
@@ -136,8 +137,8 @@ def _missing(
     live = manifest.live
     found = tuple(record for record in live if record.unit.shard not in shards_planned)
     samples, all_samples = (sum(record.rows_in for record in some) for some in (found, live))
-    value, percent = limit
-    if samples > (value / 100 * all_samples if percent else value):
+    if options.is_more(samples, all_samples, limit):
+        value, percent = limit
         raise table.TableError(
             f"{output}: {samples:,} of its {all_samples:,} samples are of shards that are not in the input (e.g. "
             f"{found[0].unit.shard}): more than --remove-missing {value:g}{'%' * percent} allows. Nothing was done. Is "

@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +51,7 @@ from schemas.job import (
 
 DONE, FAILED, ALERT = 0, 1, 4
 _BASELINE = "published.json"
-_LINES = 12  # of what a stage said that are kept when it failed
+_LINES = 40  # of what a stage said that are kept when it failed
 _UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("left_out", pa.string()), ("rows_in", pa.int64()),
                     ("rows_out", pa.int64()), ("rows_dead", pa.int64())])  # fmt: skip
 _PACKAGES = ("fusion-features", "apache-beam", "torch", "open_clip_torch", "faiss-gpu", "pyarrow")
@@ -161,8 +162,7 @@ class _Run:
         )
         if ended.exit_code:
             code = ended.exit_code if ended.exit_code in (1, 2, 3) else FAILED
-            last = ended.said[-1] if ended.said else "it said nothing"
-            raise _Stopped(code, f"{name} ended with {_how(ended.exit_code)}: {last}")
+            raise _Stopped(code, f"{name} ended with {_how(ended.exit_code)}: {_error(ended.said)}")
 
     def _skip(self, name: str, why: str) -> None:
         self._record(stages=(*self._own.stages, StageRun(name, "skipped", why=why)))
@@ -197,7 +197,9 @@ class _Run:
             versions.restate(root, step.options)
             self._add_index(step, current, before, "unchanged")
             return False
-        if self._spec.evaluate is not None:
+        if self._spec.evaluate is not None and not record.rows_indexed:
+            self._skip(f"evaluate {step.name}", "the index has no rows: there is nothing to measure")
+        elif self._spec.evaluate is not None:
             self._stage(f"evaluate {step.name}", ["eval", place, f"--table={source}", *self._spec.evaluate])
         self._add_index(step, place, record, "candidate")
         return True
@@ -222,11 +224,9 @@ class _Run:
         """Records the table as it is, and what of it is new since the last published run, whose figures it returns."""
         _write_units(self._spec.output, self._own.id, embedded)
         baseline = _read_baseline(self._spec.output)
-        known, left_out = baseline[1:] if baseline else ({}, {})
+        known = baseline[1] if baseline else {}
         new, gone = [], dict(known)
         for record in embedded.records:
-            if record.unit.id in known and record.opted_out:
-                self._is_erased |= left_out.get(record.unit.id) != _left_out(record)
             if gone.pop(record.unit.id, None) != _parts(record):
                 new.append(record)
                 gone |= {record.unit.id: known[record.unit.id]} if record.unit.id in known else {}
@@ -250,6 +250,7 @@ class _Run:
             rows_opted_out=embedded.rows_opted_out,
         )
         self._record(baseline=baseline[0].id if baseline else "", table=state, similarity=of_all, similarity_new=of_new)
+        self._is_erased = _is_erased(self._spec, embedded)
         if baseline is None or baseline[0].table is None or baseline[0].similarity is None:
             return None
         return baseline[0].table, baseline[0].similarity
@@ -380,24 +381,41 @@ def _units_place(output: str, run: str) -> str:
     return files.join(output, "runs", f"{run}-units.parquet")
 
 
-def _read_baseline(output: str) -> tuple[JobRun, dict[str, str], dict[str, str]] | None:
-    """The last published run, its units' parts, and what some of them left out; None where there is none, or its
-    record is gone.
-    """
+def _read_baseline(output: str) -> tuple[JobRun, dict[str, str]] | None:
+    """The last published run and its units' parts; None where there is none, or its record is gone."""
     where = files.join(output, _BASELINE)
     try:
         run_id = records.from_json(Baseline, files.read_bytes(where), where).run
         run = read_run(output, run_id)
         with files.open_input(_units_place(output, run_id)) as stream:
-            units = pq.read_table(stream, columns=["unit", "parts", "left_out"])
+            units = pq.read_table(stream, columns=["unit", "parts"])
     except FileNotFoundError:
         return None
-    some = units.filter(pa.compute.not_equal(units["left_out"], ""))
-    parts, left_out = (
-        dict(zip(found["unit"].to_pylist(), found[name].to_pylist(), strict=True))
-        for found, name in ((units, "parts"), (some, "left_out"))
-    )
-    return run, parts, left_out
+    return run, dict(zip(units["unit"].to_pylist(), units["parts"].to_pylist(), strict=True))
+
+
+def _published_runs(spec: JobSpec) -> set[str]:
+    """The runs to whose indexes one may roll back, and those of the current ones."""
+    found = (versions.read(job.index_place(spec.output, step.name)) for step in spec.indexes)
+    return {item.run for known in found if known for item in known.versions}
+
+
+def _is_erased(spec: JobSpec, embedded: Table) -> bool:
+    """Whether keys are opted out whose rows a version of an index has: that of the last run, or one that was rolled
+    back. Also where a version's units are not known any more.
+    """
+    left_out = {record.unit.id: _left_out(record) for record in embedded.records if record.opted_out}
+    wanted = pa.array(list(left_out), pa.string())
+    for run in _published_runs(spec) if left_out else ():
+        try:
+            with files.open_input(_units_place(spec.output, run)) as stream:
+                units = pq.read_table(stream, columns=["unit", "left_out"])
+        except FileNotFoundError:
+            return True
+        had = units.filter(pa.compute.is_in(units["unit"], value_set=wanted)).to_pylist()
+        if any(left_out[row["unit"]] != row["left_out"] for row in had):
+            return True
+    return False
 
 
 def _rows_of(output: str, run: str, units: Iterable[str]) -> int:
@@ -424,10 +442,7 @@ def _write_units(output: str, run: str, embedded: Table) -> None:
 
 def _remove_old_units(spec: JobSpec, run: str) -> None:
     """Keeps the units of this run, and of the runs to whose indexes one may roll back."""
-    kept = {run}
-    for step in spec.indexes:
-        found = versions.read(job.index_place(spec.output, step.name))
-        kept |= {item.run for item in found.versions} if found else set()
+    kept = {run} | _published_runs(spec)
     wanted = {_units_place(spec.output, name) for name in kept}
     for entry in files.list_files(files.join(spec.output, "runs")):
         if entry.place.endswith("-units.parquet") and entry.place not in wanted:
@@ -512,7 +527,16 @@ def _cpu_seconds(who: int) -> float:
 
 
 def _how(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "signal 9, as from a system out of memory"
     return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def _error(said: Sequence[str]) -> str:
+    """Of a command's last lines those of its error: it begins with the command's name, and may have several."""
+    begins = ("fusion ", "failed: ")
+    first = max((i for i, line in enumerate(said) if line.startswith(begins)), default=len(said) - 1)
+    return "\n".join(said[max(0, first) :]) or "it said nothing"
 
 
 # --- a stage in a process of its own --------------------------------------------------------------------------------
@@ -552,8 +576,6 @@ def apart(argv: Sequence[str], quiet: bool = False) -> Ended:
 @contextmanager
 def _patience() -> Iterator[None]:
     """A second interrupt does not leave the stage behind."""
-    import signal
-
     before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import resource
 import threading
 from pathlib import Path
 
@@ -246,6 +247,19 @@ def test_wrong_columns_are_refused_before_they_are_written(tmp_path: Path) -> No
     with table.UnitWriter(str(tmp_path), SPEC, toy_unit()) as writer, pytest.raises(SchemaMismatch):
         writer.write(toy_batch(range(3), FUSED))
     assert visible(tmp_path) == ["table.json"]
+
+
+def test_a_pending_file_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"), files.PendingFile(str(tmp_path)) as pending:
+            pending.write(bytes(100))  # waits in a buffer, and finds no room
+            pending.publish("x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert pending.closed
 
 
 def test_a_part_that_cannot_be_published_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

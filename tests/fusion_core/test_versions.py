@@ -1,6 +1,7 @@
 """Versions of an index: begun with the files of the current one, published by one pointer, kept, rolled back."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,24 @@ def test_what_was_replaced_is_forgotten_at_once(table: Table, tmp_path: Path) ->
     assert folders(tmp_path) == [IDS[2]] and versions.candidates(str(tmp_path)) == []
     assert index.Index.open(str(tmp_path)).record.rows_indexed == 60
     assert versions.roll_back(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("step", ["read_record", "checked_file", "read_shard"])
+def test_a_reader_whose_version_is_forgotten_meanwhile_opens_the_next(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    first = publish(table, tmp_path, IDS[0])
+    build.build(table, versions.begin(str(tmp_path), IDS[1]), "text_embedding")
+    really = getattr(index, step)
+
+    def forgotten(*arguments: Any) -> Any:
+        if first.exists():
+            versions.publish(str(tmp_path), IDS[1], "run", (), 2)
+            versions.forget_replaced(str(tmp_path))
+        return really(*arguments)
+
+    monkeypatch.setattr(index, step, forgotten)
+    assert index.Index.open(str(tmp_path)).record.column == "text_embedding"
 
 
 def test_a_candidate_is_gone_on_with_and_an_older_one_removed(table: Table, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +179,29 @@ def test_the_commands_are_ones_that_we_and_beam_know(where: str, command: list[s
             assert given[name] == value
 
 
+def test_what_works_in_a_pod_takes_the_cpus_that_it_requests() -> None:
+    config = yaml.safe_load((INFRA / "kubernetes" / "run-cronjob.yaml").read_text("utf-8").partition("---")[0])
+    found = 0
+    for document in documents():
+        for spec in pods(document):
+            for container in spec["containers"]:
+                if container.get("command") != ["fusion"] or any("--runner" in word for word in container["args"]):
+                    continue
+                cpus = int(container["resources"]["requests"]["cpu"])
+                if container["args"][0] == "run":
+                    sections = tomllib.loads(config["data"]["job.toml"])
+                    asked = [section["workers"] for section in (sections["embed"], *sections["index"])]
+                else:
+                    asked = [
+                        options.build()
+                        .parse_known_args([word.replace("$(INDEX)", "0") for word in container["args"]])[0]
+                        .workers
+                    ]
+                assert set(asked) == {cpus}, "by itself it takes as many as the node has"
+                found += 1
+    assert found == 2
+
+
 def test_there_are_commands_for_each_way() -> None:
     assert sorted(where for where, _ in COMMANDS) == [
         "CronJob-fusion-run-nightly", "Job-fusion-embed", "Job-fusion-embed-on-flink", "embed.sh",
@@ -310,3 +336,18 @@ def test_the_image_has_the_beam_that_is_pinned() -> None:
         packages = re.split(r"\n(?=[a-z0-9])", text)[1:]
         assert len(packages) > 50 and all("--hash=sha256:" in package for package in packages)
     assert "python3.11" in arguments["BEAM_IMAGE"] and ":3.11." in arguments["PYTHON_IMAGE"]
+
+
+# --- the audit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["venv", "install", "dry-run"])
+def test_an_audit_that_could_ask_nobody_says_so(tmp_path: Path, fails: str) -> None:
+    (tmp_path / "uv").write_text(
+        '#!/bin/sh\ncase "$*" in venv*) step=venv;; *--dry-run*) step=dry-run;; *) step=install;; esac\n'
+        f'[ "$step" != {fails} ]\n'
+    )
+    (tmp_path / "uv").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run([str(INFRA / "audit.sh")], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "nothing is known" in ended.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from fusion_core import fusers, report, table, towers
 from fusion_core.demo import shards as demo_shards
-from pipelines import cli
+from pipelines import cli, options
 from tests.corpora import photo
 
 PAIRS = 800
@@ -214,3 +214,12 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(arguments)
         assert ended.value.code == 2
     assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_a_share_that_is_just_reached_is_kept() -> None:
+    for percent in range(101):
+        limit = options.share(f"{percent}%")
+        for whole in (50, 100, 180):
+            counts = [count for count in range(whole + 1) if options.is_more(count, whole, limit)]
+            assert counts == [count for count in range(whole + 1) if 100 * count > percent * whole]
+    assert not options.is_more(0, 0, options.share("0%")) and options.is_more(4, 9, options.share("3"))

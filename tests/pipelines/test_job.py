@@ -103,6 +103,11 @@ MINIMAL = 'output = "out"\n[embed]\ninput = "shards/*.tar"\nmodel = "fusion-demo
         ("[[index]]", "[[index]]\n[alerts]\nmax-dead = 1", r"no key 'max-dead': did you mean 'max-dead-letters'\?"),
         ("[[index]]", '[[index]]\n[alerts]\nmax-row-drop = "x%"', r'max-row-drop = "x%": .* neither a number'),
         ("[[index]]", "[[index]]\n[alerts]\nmax-recall-drop = 3", r"max-recall-drop = 3: 3 is not between 0 and 1"),
+        (
+            "[[index]]",
+            '[[index]]\n[alerts]\nmax-recall-drop = "1%"',
+            r'max-recall-drop = "1%": 1% is not between 0 and 1',
+        ),
         ("[[index]]", "[[index]]\n[alerts]\nmin-recall = nan", r"min-recall = NaN: nan is not between 0 and 1"),
         ("[[index]]", "[[index]]\n[publish]\nkeep = 0", r"\[publish\] keep = 0: 0 is not at least 1"),
         ("[embed]", "alerts = 3\n[embed]", r"alerts = 3: it must be a section"),

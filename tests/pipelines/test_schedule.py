@@ -1,6 +1,7 @@
 """`fusion run`: what a job does again, what it publishes, and what stands when it is stopped."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,49 @@ def test_keys_that_are_opted_out_leave_all_that_stands(job: Job) -> None:
     assert third.table and (third.table.rows_out, third.table.rows_gone, third.table.rows_opted_out) == (11, 12, 1)
     assert {item.rows_removed for item in third.indexes} == {12}
     assert (job.root / second.id).exists(), "a shard that is gone is no key that opted out"
+
+
+def test_no_roll_back_leads_to_a_key_that_is_opted_out(job: Job) -> None:
+    job.write(JOB)
+    first = job.run()
+    write_tar(job.folder / "shards" / "new.tar", pairs(2))
+    second = job.run()
+    row = index.Index.open(str(job.root)).meta([24]).to_pylist()[0]
+    assert cli.main(["run", str(job.folder / "job.toml"), "--rollback"]) == 0
+    assert job.current == first.id
+    (job.folder / "keys.txt").write_text(row["key"] + "\n")
+    job.write(JOB.replace("[embed]", '[embed]\nopt-out = "keys.txt"'))
+    third = job.run()
+    assert (third.state, job.rows) == ("published", 25)
+    assert not (job.root / second.id).exists(), "it has the key, though it was not the one that this run replaced"
+    assert holding(job.root, [row["caption"]]) == []
+
+
+def test_an_index_without_rows_is_published_and_not_measured(job: Job) -> None:
+    job.write(JOB + "[evaluate]\nqueries = 10\n[alerts]\nmin-recall = 0.9\n")
+    for path in sorted((job.folder / "shards").iterdir()):
+        write_tar(path, [(f"{path.stem}.txt", b"a caption alone")])
+    run = job.run()
+    assert (run.state, job.rows, states(run)["evaluate pictures"]) == ("published", 0, "skipped")
+    assert "nothing to measure" in schedule.text(run)
+
+
+def test_a_version_that_lost_its_files_is_built_anew(job: Job) -> None:
+    job.write(JOB)
+    first = job.run()
+    shutil.rmtree(job.root / first.id)
+    assert (job.run().state, job.rows) == ("published", 24)
+
+
+def test_the_error_of_a_stage_is_told_whole(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.write(JOB)
+    said = ("the model is loaded", "fusion embed: a table of another job:", "  fuser: None here, 'concat' there")
+    monkeypatch.setattr(schedule, "apart", lambda argv, quiet: Ended(2, 0.0, said))
+    assert job.run(2).message == "embed ended with exit code 2: " + "\n".join(said[1:])
+    monkeypatch.setattr(schedule, "apart", lambda argv, quiet: Ended(1, 0.0, ("failed: 0.tar: why", "1 of 2 failed")))
+    assert job.run(1).message.endswith(": failed: 0.tar: why\n1 of 2 failed")
+    monkeypatch.setattr(schedule, "apart", lambda argv, quiet: Ended(-9, 0.0))
+    assert job.run(1).message == "embed ended with signal 9, as from a system out of memory: it said nothing"
 
 
 def test_the_lines_of_a_run_add_up_and_say_why_a_figure_beyond_its_limit_is_kept() -> None:
