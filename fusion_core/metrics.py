@@ -234,9 +234,13 @@ def coral(x: Any, y: Any) -> Any:
 
 
 def relative_coral(x: Any, y: Any) -> Any:
-    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7."""
+    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7.
+
+    None where all rows of x are equal: C_x is 0.
+    """
     first = _covariance(x)
-    return (((first - _covariance(y)) ** 2).sum() / (first**2).sum()) ** 0.5
+    size = (first**2).sum()
+    return (((first - _covariance(y)) ** 2).sum() / size) ** 0.5 if size > 0 else None
 
 
 def _covariance(x: Any) -> Any:

@@ -21,7 +21,7 @@ from fusion_core.table import Table
 from schemas import records
 from schemas.fuser import FuserRecord, TrainJob
 
-LEAST_ROWS = 50  # for each of training, validation and test
+LEAST_CONTENTS = 50  # for each of training, validation and test
 
 # Of a training that is not told how many: 10,000 rows have 500 steps in 25 epochs; a million would have 34,000, of
 # which the first thousands bring what there is to learn.
@@ -96,12 +96,10 @@ def train(
     usable &= examples.has_target[examples.row] if examples.contrastive else examples.label[examples.row] >= 0
     chosen = [np.flatnonzero((parts == part) & usable) for part in (TRAIN, VALIDATION, TEST)]
     counts = dict(zip(("train", "validation", "test"), map(len, chosen), strict=True))
-    if min(counts.values()) < LEAST_ROWS:
-        found = ", ".join(f"{count:,} in {part}" for part, count in counts.items())
-        raise TrainError(f"rows: {found}: at least {LEAST_ROWS} of each are needed: embed more, of different content")
+    _check_enough(examples, dict(zip(counts, chosen, strict=True)), "rows")
     labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
-    if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
-        raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")
+    if examples.classes:
+        _check_enough(examples, dict(zip(counts, labelled, strict=True)), "rows with a label")
     net, epochs = fit(examples, chosen[TRAIN], chosen[VALIDATION], job, device, epoch)
     fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.backbone)
     judged = [_some(rows, _JUDGED_ROWS, job.seed) for rows in chosen]
@@ -233,6 +231,17 @@ def check_job(job: TrainJob) -> None:
             raise TrainError(f"{name} must be at least {least}, not {getattr(job, name)}")
     if job.batch_rows < 2 or not 0 < job.learning_rate < math.inf:
         raise TrainError(f"expected 2 rows in a batch and a learning rate above 0, not {job}")
+
+
+def _check_enough(examples: Examples, chosen: dict[str, Ids], of: str) -> None:
+    """Raises TrainError where a part has too little in it: copies of a picture tell no more than one of them."""
+    contents = {part: len(np.unique(examples.group[examples.row[rows]])) for part, rows in chosen.items()}
+    if min(contents.values()) < LEAST_CONTENTS:
+        found = ", ".join(f"{count:,} in {part}" for part, count in contents.items())
+        raise TrainError(
+            f"{of}, copies of a picture counted once: {found}: at least {LEAST_CONTENTS} of each are needed: add more, "
+            "of different content"
+        )
 
 
 def check_output(place: str) -> None:
@@ -532,6 +541,8 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         """Probabilities of validation and test rows; NaN where a row has no vector."""
         given = [features(rows) for rows in chosen]
         there: list[Any] = [some.any(axis=1) for some in given]
+        if not there[0].any():  # a modality that no row has: nothing is told
+            return [np.full((len(rows), len(examples.classes)), np.nan) for rows in chosen[1:]]
         found = _probe(given[0][there[0]], labels[0][there[0]], given[1:], len(examples.classes), job)
         return [np.where(there[i + 1][:, None], part, np.nan) for i, part in enumerate(found)]
 
@@ -607,7 +618,8 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
         measured = {"CORAL": metrics.coral(x, y), "relative CORAL": metrics.relative_coral(x, y)}
         tensors = torch.from_numpy(x), torch.from_numpy(y)
         measured |= {"MMD²": metrics.mmd2(x, y), "neighbours' JSD": losses.neighbour_jsd(*tensors, torch.cat(tensors))}
-        found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in measured.items()}
+        told = {measure: value for measure, value in measured.items() if value is not None}
+        found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in told.items()}
     return found
 
 

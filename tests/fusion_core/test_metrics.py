@@ -202,6 +202,7 @@ def test_coral_alignment_uniformity() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(40, 4)).astype(np.float32), rng.normal(0, 2, size=(50, 4)).astype(np.float32)
     assert metrics.coral(x, x) == metrics.relative_coral(x, x) == 0
+    assert metrics.relative_coral(np.ones((40, 4)), y) is None, "there is nothing that it could be relative to"
     loss = metrics.coral(x, y)
     for measure in (metrics.coral, metrics.relative_coral):
         assert measure(x, y + np.float32(3)) == pytest.approx(measure(x, y), rel=1e-5), "means do not matter"

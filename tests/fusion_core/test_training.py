@@ -158,6 +158,25 @@ def test_labels_teach_too_and_imbalance_can_be_weighed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_meta, 1 - label)
 
 
+def test_labels_of_pictures_that_have_no_captions(tmp_path: Path) -> None:
+    """Nothing is known of a modality that no row has: its figures are 0, and nothing is divided by its rows."""
+    rng = np.random.default_rng(1)
+    image = units(rng)
+    meta = [json.dumps({"side": bool(one)}) for one in image[:, 0] > 0]
+    table = write_vectors(tmp_path / "table", image, np.zeros((N, D)), SPEC, meta=meta, caption=[None] * N)
+    (report,) = training.train(table, replace(QUICK, epochs=2), labels="meta.side").reports
+    assert report.figures["text only"] == {"accuracy": 0.0, "macro recall": 0.0}
+    assert report.figures["image only"]["accuracy"] > 0.9 and report.best_single == "image only"
+
+
+def test_copies_of_few_pictures_are_not_enough_to_judge_by(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    image = units(rng, 20)[rng.integers(0, 20, N)]
+    table = write_vectors(tmp_path / "table", image, units(rng), SPEC, meta=['{"a": "x"}', '{"a": "y"}'] * (N // 2))
+    with pytest.raises(TrainError, match=r"copies of a picture counted once: 1\d in train, "):
+        training.train(table, QUICK, labels="meta.a")
+
+
 def test_triplets_ask_with_the_rows_they_name(world: Path, tmp_path: Path) -> None:
     whole = Table.open(str(world / "whole"))
     lines = ["query_image_key,query_text_key,target_key", "k1,k2,k3", "k4,,k5", "k6,k7,nobody", ",k8,k0"]
@@ -277,7 +296,7 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="there is nothing to learn from"):
         training.train(whole, QUICK)
     with pytest.raises(
-        TrainError, match=r"rows: \d+ in train, \d+ in validation, \d+ in test: at least 50 of each are needed"
+        TrainError, match=r"once: \d+ in train, \d+ in validation, \d+ in test: at least 50 of each are needed"
     ):
         training.train(few, QUICK, [few])
     with pytest.raises(TrainError, match="embedded by other towers"):
