@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from fusion_core import fusers, labels, metrics
+from fusion_core import examples, fusers, labels, metrics
 from fusion_core.clock import Clock
 from fusion_core.labels import Classes, Truth
 from fusion_core.metrics import Doubles, Floats, Ids
@@ -136,7 +136,8 @@ def _draw(table: Table, spec: EvaluationSpec) -> _Rows:
         raise BadEvaluation(f"{table.place} has no rows to evaluate")
     image, text, *fused = (_vectors(table, found, name) for name in table.embedding_columns)
     captions = _numbers(found["caption"])
-    pictures = _numbers(found["sha256"])
+    digests = examples.picture_digests(found["sha256"], image)  # copies, of imported rows too
+    pictures = np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
     has_image = found["has_image"].to_numpy()
     return _Rows(
         image,
@@ -231,6 +232,7 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
     mmd2, chance, p = metrics.mmd2_and_chance(x, y, seed=seed)
     first, second = x.astype(np.float64), y.astype(np.float64)
     accuracy, jsd = _told_apart(x, y, rows.groups[pairs][few], seed)
+    relative = metrics.relative_coral(first, second)
     axes = _axes(x, y)
     return Geometry(
         pairs=len(pairs),
@@ -244,7 +246,7 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
         mmd2_chance=chance,
         mmd2_p=p,
         coral=float(metrics.coral(first, second)),
-        coral_relative=float(metrics.relative_coral(first, second)),
+        coral_relative=None if relative is None else float(relative),
         jsd_bits=jsd,
         told_apart=accuracy,
         histogram=_histogram(matching, mismatched),
@@ -433,7 +435,7 @@ def _probed(rows: _Rows, spec: EvaluationSpec, notes: list[str]) -> tuple[Ids, l
     chosen = np.flatnonzero(usable)
     if len(chosen) > spec.probe_rows:
         chosen = np.sort(np.random.default_rng(spec.seed).choice(chosen, spec.probe_rows, replace=False))
-    values = np.array([rows.labels[row] for row in chosen], object)
+    values = [str(rows.labels[row]) for row in chosen]
     contents: dict[str, set[int]] = {}
     for label, group in zip(values, rows.groups[chosen].tolist(), strict=True):
         contents.setdefault(label, set()).add(group)
@@ -449,8 +451,8 @@ def _probed(rows: _Rows, spec: EvaluationSpec, notes: list[str]) -> tuple[Ids, l
             f"--labels {spec.labels}: {len(names)} classes have {spec.folds} different pictures or more, of "
             f"{int(given.sum()):,} labelled rows in the sample; probes need 2 to {_MOST_CLASSES}"
         )
-    kept = np.isin(values, names)
-    return chosen[kept], names, np.searchsorted(np.array(names), values[kept].astype(str)).astype(np.int64)
+    truth, kept = labels.class_numbers(values, names)
+    return chosen[kept], names, truth[kept]
 
 
 def _features(rows: _Rows, chosen: Ids, notes: list[str]) -> dict[str, Floats]:

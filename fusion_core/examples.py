@@ -126,7 +126,7 @@ def _read(table: Table, positions: Ids, job: TrainJob, labels: str) -> Examples:
     for some in table.pick(positions, list(dict.fromkeys([*columns, *source]))):
         rows = slice(start, start + some.num_rows)
         image[rows], text[rows], has_image[rows], has_text[rows] = _slots(some)
-        digests[rows] = _digests(some["sha256"], image[rows])
+        digests[rows] = picture_digests(some["sha256"], image[rows])
         captions.append(some["caption"])
         given.append(some.select(source))
         start = rows.stop
@@ -150,7 +150,7 @@ def _slots(rows: pa.Table) -> tuple[Floats, Floats, Bools, Bools]:
     return vectors[0], vectors[1], flags[0], flags[1]  # type: ignore[return-value]
 
 
-def _digests(column: pa.ChunkedArray, image: Floats) -> npt.NDArray[np.uint8]:
+def picture_digests(column: pa.ChunkedArray, image: Floats) -> npt.NDArray[np.uint8]:
     """The pictures' hashes [n, 32]; of an imported row, whose picture nobody saw, that of its vector."""
     filled = pc.fill_null(column, bytes(32)).combine_chunks()
     flat = np.frombuffer(filled.buffers()[1], np.uint8).reshape(-1, 32)
