@@ -336,9 +336,10 @@ def _zero_shot(rows: _Rows, classes: Classes, towers: Towers, seed: int, notes: 
 
 
 def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, seed: int) -> Classification:
-    counted = metrics.tallies(truth, found, len(names), groups)
-    values = metrics.summary(counted.sum(axis=0)).tolist()
-    low, high = np.percentile(metrics.bootstrap_summaries(counted, seed), [2.5, 97.5], axis=0)
+    counted = metrics.tallies(truth, found, len(names))
+    values = metrics.summary(counted).tolist()
+    drawn = metrics.bootstrap_summaries(truth, found, len(names), groups, seed)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     figures = {
         name: Figure(value, float(low[i]), float(high[i]), len(truth))
         for i, (name, value) in enumerate(zip(_NAMES, values, strict=True))
@@ -346,7 +347,7 @@ def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, s
     if values[0] in (0.0, 1.0):  # a bootstrap of equal values has no width
         figures["accuracy"] = Figure(values[0], *metrics.wilson(values[0], len(truth)), len(truth))
     rows = np.bincount(truth, minlength=len(names)).tolist()
-    scores = np.stack(metrics.class_scores(counted.sum(axis=0)), axis=1).tolist()
+    scores = np.stack(metrics.class_scores(counted), axis=1).tolist()
     each = (ClassScores(name, n, *of) for name, n, of in zip(names, rows, scores, strict=True))
     counts = tuple(map(tuple, metrics.confusion(truth, found, len(names)).tolist()))
     return Classification(figures, tuple(each), counts)
@@ -360,14 +361,13 @@ def _calibration(name: str, logits: Doubles, truth: Ids, temperature: float) -> 
     perfect = [  # what a table of such probabilities would show if they were all true
         metrics.expected_calibration_error(confidence, rng.random(len(truth)) < confidence) for _ in range(50)
     ]
-    ideal = np.zeros_like(probabilities)
-    ideal[np.arange(len(truth)), truth] = 1
+    true = probabilities[np.arange(len(truth)), truth]
     return Calibration(
         name,
         n=len(truth),
         temperature=temperature,
         nll=metrics.nll(logits, truth, temperature),
-        brier=float(((probabilities - ideal) ** 2).sum(axis=1).mean()),
+        brier=float((np.einsum("nc,nc->n", probabilities, probabilities) - 2 * true + 1).mean()),
         ece=metrics.expected_calibration_error(confidence, right),
         ece_floor=float(np.mean(perfect)),
         bins=tuple(metrics.reliability(confidence, right)),
@@ -506,9 +506,9 @@ def _differences(
         joint = [name for of, name in found if of == kind and name not in _SINGLE]
         if not joint or len(single) < 2:
             continue
-        counted = {name: metrics.tallies(truth, found[kind, name], classes, groups) for name in (*single, *joint)}
-        values = {name: metrics.summary(of.sum(axis=0)) for name, of in counted.items()}
-        drawn = {name: metrics.bootstrap_summaries(of, seed) for name, of in counted.items()}
+        guesses = {name: found[kind, name] for name in (*single, *joint)}
+        values = {name: metrics.summary(metrics.tallies(truth, of, classes)) for name, of in guesses.items()}
+        drawn = {name: metrics.bootstrap_summaries(truth, of, classes, groups, seed) for name, of in guesses.items()}
         for name in joint:
             for place in (0, 1):
                 best = max(single, key=lambda one, place=place: values[one][place])  # type: ignore[misc]
