@@ -30,6 +30,7 @@ _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is comp
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
 _COMPARED_ROWS = 1_000  # at most, of each modality, whose distances are reported: every row is compared with every row
+_JUDGED_AT_ONCE = 1_024  # whose scores for all that they may find are in memory
 _RESAMPLES = 2_000
 _KS = (1, 5, 10)
 _WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -291,7 +292,7 @@ def fit(
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": job.weight_decay},
              {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}],
-            lr=job.learning_rate,
+            lr=job.learning_rate, fused=True,
         )  # fmt: skip
         batches = max(1, len(train_rows) // job.batch_rows)
         epochs = job.epochs or max(min(_EPOCHS, -(-_MOST_STEPS // batches)), -(-_STEPS // batches))
@@ -477,12 +478,18 @@ def ranks(queries: Floats, gallery: Floats, own: Ids) -> Ids:
     A query that is all zero or not finite finds nothing: it ranks last.
     """
     found = np.full(len(queries), len(gallery), np.int64)
-    for start in range(0, len(queries), 1024):
-        block = queries[start : start + 1024].astype(np.float32)
-        scores = block @ gallery.astype(np.float32).T
-        mine = scores[np.arange(len(block)), own[start : start + 1024]][:, None]
+    for start in range(0, len(queries), _JUDGED_AT_ONCE):
+        some = slice(start, start + _JUDGED_AT_ONCE)
+        block = queries[some].astype(np.float32)
         valid = np.isfinite(block).all(axis=1) & block.any(axis=1)
-        found[start : start + 1024] = np.where(valid, (~(scores < mine)).sum(axis=1), len(gallery))
+        scores = block @ gallery.astype(np.float32).T
+        found[some] = np.where(valid, _ranks(scores, own[some]), len(gallery))
+    return found
+
+
+def _ranks(scores: Floats, own: Ids) -> Ids:
+    """The rank of column `own[i]` in row i of the scores."""
+    found: Ids = (~(scores < scores[np.arange(len(scores)), own][:, None])).sum(axis=1)
     return found
 
 
@@ -501,13 +508,34 @@ def retrieved(examples: Examples, rows: Ids, system: fusers.Fuser | str, target:
     gallery, own = _gallery(examples, rows)
     targets = fusers.normalize(examples.targets[gallery])
     if isinstance(system, str):
-        has = getattr(examples, f"has_{system}")[rows]
-        return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, system)[rows]), 0), targets, own)
+        return ranks(_alone(examples, rows, system), targets, own)
     if system.spec.space == "own":
         there = np.ones(len(gallery), bool)
         flags = (there, ~there) if target == "image" else (~there, there)
         targets, _ = system.fuse(targets, targets, *flags)
     return ranks(_fused(examples, rows, system), targets, own)
+
+
+def _alone(examples: Examples, rows: Ids, side: str) -> Floats:
+    """The unit vectors of a modality, zeros where it is absent."""
+    has = getattr(examples, f"has_{side}")[rows]
+    return np.where(has[:, None], fusers.normalize(getattr(examples, side)[rows]), 0)
+
+
+def ranks_of_sums(examples: Examples, rows: Ids) -> dict[float, Ids]:
+    """What `retrieved` gives for each weighted sum: their scores are those of the modalities, weighted and summed, but
+    for the length of the sum, which changes no rank. So the products with the gallery are computed once for all.
+    """
+    gallery, own = _gallery(examples, rows)
+    targets = fusers.normalize(examples.targets[gallery])
+    found = {weight: np.empty(len(rows), np.int64) for weight in _WEIGHTS}
+    for start in range(0, len(rows), _JUDGED_AT_ONCE):
+        some = slice(start, start + _JUDGED_AT_ONCE)
+        image, text = (_alone(examples, rows[some], side) @ targets.T for side in _SIDES)
+        for weight in _WEIGHTS:
+            scores = np.float32(weight) * image + np.float32(1 - weight) * text
+            found[weight][some] = _ranks(scores, own[some])
+    return found
 
 
 def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fusers.Fuser, job: TrainJob) -> Report:
@@ -516,12 +544,12 @@ def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fuser
     def found(rows: Ids, system: fusers.Fuser | str) -> Ids:
         return retrieved(examples, rows, system, job.target)
 
-    sums = {weight: weighted_sum(weight, examples.dim) for weight in _WEIGHTS}
-    tuned = max(_WEIGHTS, key=lambda weight: (1 / found(validation, sums[weight])).mean())
+    of_sums = ranks_of_sums(examples, validation)
+    tuned = max(_WEIGHTS, key=lambda weight: (1 / of_sums[weight]).mean())
     single = max(_SIDES, key=lambda side: (1 / found(validation, side)).mean())
     sum_name = f"weighted sum, image {tuned:g}"
     by_system = {f"{side} only": found(test, side) for side in _SIDES}
-    by_system |= {sum_name: found(test, sums[tuned]), job.kind: found(test, fuser)}
+    by_system |= {sum_name: found(test, weighted_sum(tuned, examples.dim)), job.kind: found(test, fuser)}
     figures = {
         name: {**{f"R@{k}": float((place <= k).mean()) for k in _KS}, "MRR": float((1 / place).mean())}
         for name, place in by_system.items()
@@ -551,11 +579,7 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         right: Bools = (guess == labels[part]) & ~np.isnan(probabilities).any(axis=1)
         return right.astype(np.float64)
 
-    def side_only(side: str) -> Callable[[Ids], Floats]:
-        has = getattr(examples, f"has_{side}")
-        return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
-
-    singles = {side: probed(side_only(side)) for side in _SIDES}
+    singles = {side: probed(partial(_alone, examples, side=side)) for side in _SIDES}
     halves = [weighted_sum(w, examples.dim) for w in (0.25, 0.5, 0.75)]
     sums = {half.spec.params["image"]: probed(partial(_fused, examples, system=half)) for half in halves}
     sums |= {1.0: singles["image"], 0.0: singles["text"]}

@@ -256,6 +256,17 @@ def test_ranks_count_ties_and_what_is_no_vector_against_us() -> None:
     assert training.ranks(queries, gallery, np.array([0, 2, 3, 3, 3])).tolist() == [2, 1, 4, 4, 4]
 
 
+def test_sums_of_scores_rank_as_the_sums(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, moody = (Table.open(str(world / name)) for name in ("whole", "moody"))
+    found = examples.gather(whole, QUICK, [moody], "", "")
+    found.has_image[::7], found.has_text[::5] = False, False
+    rows = np.flatnonzero(found.split(0) == examples.TEST)
+    monkeypatch.setattr(training, "_JUDGED_AT_ONCE", 100)
+    for weight, places in training.ranks_of_sums(found, rows).items():
+        fused = training.retrieved(found, rows, training.weighted_sum(weight, found.dim), "image")
+        assert (places != fused).mean() < 0.02 and np.abs(places - fused).max() <= 1, "but for the last bit of a score"
+
+
 def test_the_interval_of_a_difference_is_drawn_by_groups() -> None:
     rng = np.random.default_rng(5)
     gains = rng.choice([-1.0, 0, 1], 400, p=[0.1, 0.6, 0.3])
