@@ -232,7 +232,7 @@ def _of_triplets(table: Table, rows: Examples, place: str, job: TrainJob) -> Exa
         raise TrainError(f"{table.place} has no key that is one row's only")
 
     def row_of(name: str) -> Ids:
-        found = pc.take(numbers, pc.index_in(given[name].cast(pa.string()), value_set=kept))
+        found = pc.take(numbers, pc.index_in(given[name], value_set=kept))
         return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
 
     image, text, target = (row_of(name) for name in ("query_image_key", "query_text_key", "target_key"))
@@ -287,7 +287,11 @@ def _read_file(place: str, columns: Sequence[str], max_rows: int) -> pa.Table:
         raise TrainError(f"{place} has no column {missing[0]!r}; it has {', '.join(found.column_names)}")
     for name in missing:
         found = found.append_column(name, pa.nulls(found.num_rows, pa.string()))
-    return found.select(list(columns)).slice(0, max_rows)
+    found = found.select(list(columns)).slice(0, max_rows)
+    try:
+        return found.cast(pa.schema([(name, pa.string()) for name in columns]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise TrainError(f"{place}: keys are strings or numbers: {error}") from error
 
 
 def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

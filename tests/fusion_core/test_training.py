@@ -190,6 +190,10 @@ def test_triplets_ask_with_the_rows_they_name(world: Path, tmp_path: Path) -> No
     (tmp_path / "words.csv").write_text("query_image_key,query_text,target_key\nk1,in red,k2\n")
     with pytest.raises(TrainError, match="texts are not embedded here"):
         examples.gather(whole, QUICK, [], str(tmp_path / "words.csv"), "")
+    for odd in ([["k1"]], [b"\xff"]):
+        pq.write_table(pa.table({"query_image_key": odd, "target_key": ["k2"]}), tmp_path / "odd.parquet")
+        with pytest.raises(TrainError, match=r"odd.parquet: keys are strings or numbers"):
+            examples.gather(whole, QUICK, [], str(tmp_path / "odd.parquet"), "")
 
 
 # --- rows
