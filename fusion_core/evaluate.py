@@ -325,7 +325,7 @@ def _zero_shot(rows: _Rows, classes: Classes, towers: Towers, seed: int, notes: 
     if len(classes.names) > 5:
         share = float((metrics.rank_of_truth(logits, truth) <= 5).mean())
         result.figures["top-5"] = Figure(share, *metrics.wilson(share, len(truth)), len(truth))
-    half = np.isin(groups, np.unique(groups)[::2])
+    half = np.isin(groups, np.unique(groups)[::2])  # pictures are numbered by their hashes, so by lot
     calibration = [_calibration("as the model is", logits, truth, 1.0)]
     if half.any() and (~half).any():
         fitted = metrics.fit_temperature(logits[half], truth[half])
