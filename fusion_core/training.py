@@ -246,10 +246,12 @@ def _check_enough(examples: Examples, chosen: dict[str, Ids], of: str) -> None:
 
 
 def check_output(place: str) -> None:
-    """Raises TrainError where a fuser's folder would get among other files."""
+    """Raises TrainError where a fuser's folder would get among other files, OSError where none can be written."""
     strangers = [entry.place for entry in files.list_files(place)]
     if strangers and files.stat(files.join(place, fusers.RECORD)) is None:
         raise TrainError(f"{place} holds files but no {fusers.RECORD} (e.g. {strangers[0]}): name an empty folder")
+    with files.PendingFile(place):  # discarded: it tells before the training what would be told after it
+        pass
 
 
 # --- fitting

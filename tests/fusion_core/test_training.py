@@ -327,3 +327,7 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(TrainError, match=r"holds files but no fuser\.json"):
         training.check_output(str(tmp_path))
+    with pytest.raises(OSError, match="fuser"):
+        training.check_output(str(tmp_path / "mine.txt" / "fuser"))
+    for _ in range(2):  # what it leaves behind is no stranger
+        training.check_output(str(tmp_path / "fuser"))
