@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from fusion_core import fusers, labels, metrics
+from fusion_core import examples, fusers, labels, metrics
 from fusion_core.clock import Clock
 from fusion_core.labels import Classes, Truth
 from fusion_core.metrics import Doubles, Floats, Ids
@@ -136,7 +136,8 @@ def _draw(table: Table, spec: EvaluationSpec) -> _Rows:
         raise BadEvaluation(f"{table.place} has no rows to evaluate")
     image, text, *fused = (_vectors(table, found, name) for name in table.embedding_columns)
     captions = _numbers(found["caption"])
-    pictures = _numbers(found["sha256"])
+    digests = examples.picture_digests(found["sha256"], image)  # copies, of imported rows too
+    pictures = np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
     has_image = found["has_image"].to_numpy()
     return _Rows(
         image,
@@ -231,6 +232,7 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
     mmd2, chance, p = metrics.mmd2_and_chance(x, y, seed=seed)
     first, second = x.astype(np.float64), y.astype(np.float64)
     accuracy, jsd = _told_apart(x, y, rows.groups[pairs][few], seed)
+    relative = metrics.relative_coral(first, second)
     axes = _axes(x, y)
     return Geometry(
         pairs=len(pairs),
@@ -244,7 +246,7 @@ def _geometry(rows: _Rows, pairs: Ids, seed: int) -> Geometry:
         mmd2_chance=chance,
         mmd2_p=p,
         coral=float(metrics.coral(first, second)),
-        coral_relative=float(metrics.relative_coral(first, second)),
+        coral_relative=None if relative is None else float(relative),
         jsd_bits=jsd,
         told_apart=accuracy,
         histogram=_histogram(matching, mismatched),
@@ -323,7 +325,7 @@ def _zero_shot(rows: _Rows, classes: Classes, towers: Towers, seed: int, notes: 
     if len(classes.names) > 5:
         share = float((metrics.rank_of_truth(logits, truth) <= 5).mean())
         result.figures["top-5"] = Figure(share, *metrics.wilson(share, len(truth)), len(truth))
-    half = np.isin(groups, np.unique(groups)[::2])
+    half = np.isin(groups, np.unique(groups)[::2])  # pictures are numbered by their hashes, so by lot
     calibration = [_calibration("as the model is", logits, truth, 1.0)]
     if half.any() and (~half).any():
         fitted = metrics.fit_temperature(logits[half], truth[half])
@@ -334,9 +336,10 @@ def _zero_shot(rows: _Rows, classes: Classes, towers: Towers, seed: int, notes: 
 
 
 def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, seed: int) -> Classification:
-    counted = metrics.tallies(truth, found, len(names), groups)
-    values = metrics.summary(counted.sum(axis=0)).tolist()
-    low, high = np.percentile(metrics.bootstrap_summaries(counted, seed), [2.5, 97.5], axis=0)
+    counted = metrics.tallies(truth, found, len(names))
+    values = metrics.summary(counted).tolist()
+    drawn = metrics.bootstrap_summaries(truth, found, len(names), groups, seed)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     figures = {
         name: Figure(value, float(low[i]), float(high[i]), len(truth))
         for i, (name, value) in enumerate(zip(_NAMES, values, strict=True))
@@ -344,7 +347,7 @@ def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, s
     if values[0] in (0.0, 1.0):  # a bootstrap of equal values has no width
         figures["accuracy"] = Figure(values[0], *metrics.wilson(values[0], len(truth)), len(truth))
     rows = np.bincount(truth, minlength=len(names)).tolist()
-    scores = np.stack(metrics.class_scores(counted.sum(axis=0)), axis=1).tolist()
+    scores = np.stack(metrics.class_scores(counted), axis=1).tolist()
     each = (ClassScores(name, n, *of) for name, n, of in zip(names, rows, scores, strict=True))
     counts = tuple(map(tuple, metrics.confusion(truth, found, len(names)).tolist()))
     return Classification(figures, tuple(each), counts)
@@ -358,14 +361,13 @@ def _calibration(name: str, logits: Doubles, truth: Ids, temperature: float) -> 
     perfect = [  # what a table of such probabilities would show if they were all true
         metrics.expected_calibration_error(confidence, rng.random(len(truth)) < confidence) for _ in range(50)
     ]
-    ideal = np.zeros_like(probabilities)
-    ideal[np.arange(len(truth)), truth] = 1
+    true = probabilities[np.arange(len(truth)), truth]
     return Calibration(
         name,
         n=len(truth),
         temperature=temperature,
         nll=metrics.nll(logits, truth, temperature),
-        brier=float(((probabilities - ideal) ** 2).sum(axis=1).mean()),
+        brier=float((np.einsum("nc,nc->n", probabilities, probabilities) - 2 * true + 1).mean()),
         ece=metrics.expected_calibration_error(confidence, right),
         ece_floor=float(np.mean(perfect)),
         bins=tuple(metrics.reliability(confidence, right)),
@@ -433,7 +435,7 @@ def _probed(rows: _Rows, spec: EvaluationSpec, notes: list[str]) -> tuple[Ids, l
     chosen = np.flatnonzero(usable)
     if len(chosen) > spec.probe_rows:
         chosen = np.sort(np.random.default_rng(spec.seed).choice(chosen, spec.probe_rows, replace=False))
-    values = np.array([rows.labels[row] for row in chosen], object)
+    values = [str(rows.labels[row]) for row in chosen]
     contents: dict[str, set[int]] = {}
     for label, group in zip(values, rows.groups[chosen].tolist(), strict=True):
         contents.setdefault(label, set()).add(group)
@@ -449,8 +451,8 @@ def _probed(rows: _Rows, spec: EvaluationSpec, notes: list[str]) -> tuple[Ids, l
             f"--labels {spec.labels}: {len(names)} classes have {spec.folds} different pictures or more, of "
             f"{int(given.sum()):,} labelled rows in the sample; probes need 2 to {_MOST_CLASSES}"
         )
-    kept = np.isin(values, names)
-    return chosen[kept], names, np.searchsorted(np.array(names), values[kept].astype(str)).astype(np.int64)
+    truth, kept = labels.class_numbers(values, names)
+    return chosen[kept], names, truth[kept]
 
 
 def _features(rows: _Rows, chosen: Ids, notes: list[str]) -> dict[str, Floats]:
@@ -504,9 +506,9 @@ def _differences(
         joint = [name for of, name in found if of == kind and name not in _SINGLE]
         if not joint or len(single) < 2:
             continue
-        counted = {name: metrics.tallies(truth, found[kind, name], classes, groups) for name in (*single, *joint)}
-        values = {name: metrics.summary(of.sum(axis=0)) for name, of in counted.items()}
-        drawn = {name: metrics.bootstrap_summaries(of, seed) for name, of in counted.items()}
+        guesses = {name: found[kind, name] for name in (*single, *joint)}
+        values = {name: metrics.summary(metrics.tallies(truth, of, classes)) for name, of in guesses.items()}
+        drawn = {name: metrics.bootstrap_summaries(truth, of, classes, groups, seed) for name, of in guesses.items()}
         for name in joint:
             for place in (0, 1):
                 best = max(single, key=lambda one, place=place: values[one][place])  # type: ignore[misc]

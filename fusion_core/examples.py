@@ -126,7 +126,7 @@ def _read(table: Table, positions: Ids, job: TrainJob, labels: str) -> Examples:
     for some in table.pick(positions, list(dict.fromkeys([*columns, *source]))):
         rows = slice(start, start + some.num_rows)
         image[rows], text[rows], has_image[rows], has_text[rows] = _slots(some)
-        digests[rows] = _digests(some["sha256"], image[rows])
+        digests[rows] = picture_digests(some["sha256"], image[rows])
         captions.append(some["caption"])
         given.append(some.select(source))
         start = rows.stop
@@ -150,7 +150,7 @@ def _slots(rows: pa.Table) -> tuple[Floats, Floats, Bools, Bools]:
     return vectors[0], vectors[1], flags[0], flags[1]  # type: ignore[return-value]
 
 
-def _digests(column: pa.ChunkedArray, image: Floats) -> npt.NDArray[np.uint8]:
+def picture_digests(column: pa.ChunkedArray, image: Floats) -> npt.NDArray[np.uint8]:
     """The pictures' hashes [n, 32]; of an imported row, whose picture nobody saw, that of its vector."""
     filled = pc.fill_null(column, bytes(32)).combine_chunks()
     flat = np.frombuffer(filled.buffers()[1], np.uint8).reshape(-1, 32)
@@ -232,7 +232,7 @@ def _of_triplets(table: Table, rows: Examples, place: str, job: TrainJob) -> Exa
         raise TrainError(f"{table.place} has no key that is one row's only")
 
     def row_of(name: str) -> Ids:
-        found = pc.take(numbers, pc.index_in(given[name].cast(pa.string()), value_set=kept))
+        found = pc.take(numbers, pc.index_in(given[name], value_set=kept))
         return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
 
     image, text, target = (row_of(name) for name in ("query_image_key", "query_text_key", "target_key"))
@@ -287,7 +287,11 @@ def _read_file(place: str, columns: Sequence[str], max_rows: int) -> pa.Table:
         raise TrainError(f"{place} has no column {missing[0]!r}; it has {', '.join(found.column_names)}")
     for name in missing:
         found = found.append_column(name, pa.nulls(found.num_rows, pa.string()))
-    return found.select(list(columns)).slice(0, max_rows)
+    found = found.select(list(columns)).slice(0, max_rows)
+    try:
+        return found.cast(pa.schema([(name, pa.string()) for name in columns]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise TrainError(f"{place}: keys are strings or numbers: {error}") from error
 
 
 def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -75,6 +75,8 @@ class Feed(IterableDataset[Batch]):
         super().__init__()
         if batch_rows < 1 or buffer_rows < 1:
             raise ValueError(f"batch_rows {batch_rows} and buffer_rows {buffer_rows} must be at least 1")
+        if seed < 0:
+            raise ValueError(f"a seed is a whole number from 0, not {seed}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of 0…{world_size - 1} (world_size {world_size})")
         flags = ["has_image", "has_text"]

@@ -6,6 +6,7 @@ in an absent slot does not matter: it is replaced by zeros before anything is co
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,8 @@ class Combiner(Net):
     def mix(self, image: Tensor, text: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """See Net; the weights are the gate's."""
         joined = _joined(functional.relu(self.image(image)), functional.relu(self.text(text)), present)
-        z = _forced(torch.sigmoid(self.gate(functional.relu(self.gate_hidden(joined)))), present)
-        mixed = self.output(functional.relu(self.hidden(joined))) + z * image + (1 - z) * text
+        z = _forced(torch.sigmoid(self.gate(functional.relu(_wide(self.gate_hidden, joined)))), present)
+        mixed = self.output(functional.relu(_wide(self.hidden, joined))) + z * image + (1 - z) * text
         return mixed, torch.cat([z, 1 - z], dim=1)
 
 
@@ -144,6 +145,16 @@ def _slot(vectors: Tensor, there: Tensor) -> Tensor:
 
 def _joined(image: Tensor, text: Tensor, present: Tensor) -> Tensor:
     return torch.cat([image, text, present.to(image.dtype)], dim=1)
+
+
+def _wide(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """What the layer gives; to be differentiated, its width is filled up with zeros to a multiple of 16: the gradient
+    of a matrix of 2,050 columns takes a third longer than of one with 2,064.
+    """
+    if not torch.is_grad_enabled():
+        return cast(Tensor, layer(inputs))
+    missing = (0, -inputs.shape[1] % 16)
+    return functional.linear(functional.pad(inputs, missing), functional.pad(layer.weight, missing), layer.bias)
 
 
 def _forced(z: Tensor, present: Tensor) -> Tensor:

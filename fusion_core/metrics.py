@@ -122,16 +122,16 @@ def confusion(truth: Ids, found: Ids, classes: int) -> Ids:
     return np.bincount(truth * classes + found, minlength=classes * classes).reshape(classes, classes)
 
 
-def tallies(truth: Ids, found: Ids, classes: int, groups: Ids) -> Doubles:
-    """Of each group of rows and class: rows that are right, that are of it, that are said to be of it; [G, 3, C]."""
-    names, group = np.unique(groups, return_inverse=True)
+def tallies(truth: Ids, found: Ids, classes: int) -> Doubles:
+    """Of each class: rows that are right, that are of it, that are said to be of it; [3, C]."""
+    return np.bincount(_tallied(truth, found, classes)[0], minlength=3 * classes).reshape(3, -1).astype(np.float64)
 
-    def counts(rows: Any, of: Ids) -> Doubles:
-        places = group[rows] * classes + of[rows]
-        return np.bincount(places, minlength=len(names) * classes).astype(np.float64).reshape(-1, classes)
 
-    every = slice(None)
-    return np.stack([counts(truth == found, truth), counts(every, truth), counts(every, found)], axis=1)
+def _tallied(truth: Ids, found: Ids, classes: int) -> tuple[Ids, Ids]:
+    """Where in a tally [3 * C] rows count, and which row does there."""
+    right = np.flatnonzero(truth == found)
+    rows = np.arange(len(truth))
+    return np.concatenate([truth[right], classes + truth, 2 * classes + found]), np.concatenate([right, rows, rows])
 
 
 def class_scores(counted: Doubles) -> tuple[Doubles, Doubles, Doubles]:
@@ -153,20 +153,26 @@ def summary(counted: Doubles) -> Doubles:
     return np.stack([right.sum(axis=-1) / np.maximum(real.sum(axis=-1), 1), *macro], axis=-1)
 
 
-def bootstrap_summaries(counted: Doubles, seed: int = 0, resamples: int = RESAMPLES) -> Doubles:
-    """The summaries [resamples, 3] of tallies [G, 3, C] whose groups are drawn with replacement.
+def bootstrap_summaries(
+    truth: Ids, found: Ids, classes: int, groups: Ids, seed: int = 0, resamples: int = RESAMPLES
+) -> Doubles:
+    """The summaries [resamples, 3] of rows whose groups are drawn with replacement.
 
     One seed draws the same groups: what was measured on the same rows can be compared draw by draw.
     """
-    n = len(counted)
-    flat = counted.reshape(n, -1)
+    names, group = np.unique(groups, return_inverse=True)
+    n = len(names)
+    places, rows = _tallied(truth, found, classes)
+    owner = group[rows]
     rng = np.random.default_rng(seed)
-    found = []
+    drawn = []
     for first in range(0, resamples, _DRAWS):
-        draws = min(_DRAWS, resamples - first)
-        weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)])
-        found.append(summary((weights.astype(np.float64) @ flat).reshape(draws, *counted.shape[1:])))
-    return np.concatenate(found)
+        counted = np.empty((min(_DRAWS, resamples - first), 3 * classes))
+        for one in counted:
+            times = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+            one[:] = np.bincount(places, times[owner], 3 * classes)
+        drawn.append(summary(counted.reshape(-1, 3, classes)))
+    return np.concatenate(drawn)
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
@@ -234,9 +240,13 @@ def coral(x: Any, y: Any) -> Any:
 
 
 def relative_coral(x: Any, y: Any) -> Any:
-    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7."""
+    """|C_x - C_y| / |C_x|: the same in readable size; of unit vectors CORAL itself is some 1e-7.
+
+    None where all rows of x are equal: C_x is 0.
+    """
     first = _covariance(x)
-    return (((first - _covariance(y)) ** 2).sum() / (first**2).sum()) ** 0.5
+    size = (first**2).sum()
+    return (((first - _covariance(y)) ** 2).sum() / size) ** 0.5 if size > 0 else None
 
 
 def _covariance(x: Any) -> Any:

@@ -21,7 +21,7 @@ from fusion_core.table import Table
 from schemas import records
 from schemas.fuser import FuserRecord, TrainJob
 
-LEAST_ROWS = 50  # for each of training, validation and test
+LEAST_CONTENTS = 50  # for each of training, validation and test
 
 # Of a training that is not told how many: 10,000 rows have 500 steps in 25 epochs; a million would have 34,000, of
 # which the first thousands bring what there is to learn.
@@ -30,6 +30,7 @@ _JUDGED_ROWS = 10_000  # at most, of validation and of test: every query is comp
 _PROBED_ROWS = 50_000  # at most, that a linear probe is fitted to
 _WATCHED_ROWS = 2_000  # at most, after each epoch
 _COMPARED_ROWS = 1_000  # at most, of each modality, whose distances are reported: every row is compared with every row
+_JUDGED_AT_ONCE = 1_024  # whose scores for all that they may find are in memory
 _RESAMPLES = 2_000
 _KS = (1, 5, 10)
 _WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -96,12 +97,10 @@ def train(
     usable &= examples.has_target[examples.row] if examples.contrastive else examples.label[examples.row] >= 0
     chosen = [np.flatnonzero((parts == part) & usable) for part in (TRAIN, VALIDATION, TEST)]
     counts = dict(zip(("train", "validation", "test"), map(len, chosen), strict=True))
-    if min(counts.values()) < LEAST_ROWS:
-        found = ", ".join(f"{count:,} in {part}" for part, count in counts.items())
-        raise TrainError(f"rows: {found}: at least {LEAST_ROWS} of each are needed: embed more, of different content")
+    _check_enough(examples, dict(zip(counts, chosen, strict=True)), "rows")
     labelled = [rows[examples.label[examples.row[rows]] >= 0] for rows in chosen]
-    if examples.classes and min(map(len, labelled)) < LEAST_ROWS:
-        raise TrainError(f"{sum(map(len, labelled)):,} rows have a label: too few to train on and to judge by")
+    if examples.classes:
+        _check_enough(examples, dict(zip(counts, labelled, strict=True)), "rows with a label")
     net, epochs = fit(examples, chosen[TRAIN], chosen[VALIDATION], job, device, epoch)
     fuser = fusers.trained(job.kind, examples.dim, _params(job, examples.dim), net, table.spec.backbone)
     judged = [_some(rows, _JUDGED_ROWS, job.seed) for rows in chosen]
@@ -235,11 +234,24 @@ def check_job(job: TrainJob) -> None:
         raise TrainError(f"expected 2 rows in a batch and a learning rate above 0, not {job}")
 
 
+def _check_enough(examples: Examples, chosen: dict[str, Ids], of: str) -> None:
+    """Raises TrainError where a part has too little in it: copies of a picture tell no more than one of them."""
+    contents = {part: len(np.unique(examples.group[examples.row[rows]])) for part, rows in chosen.items()}
+    if min(contents.values()) < LEAST_CONTENTS:
+        found = ", ".join(f"{count:,} in {part}" for part, count in contents.items())
+        raise TrainError(
+            f"{of}, copies of a picture counted once: {found}: at least {LEAST_CONTENTS} of each are needed: add more, "
+            "of different content"
+        )
+
+
 def check_output(place: str) -> None:
-    """Raises TrainError where a fuser's folder would get among other files."""
+    """Raises TrainError where a fuser's folder would get among other files, OSError where none can be written."""
     strangers = [entry.place for entry in files.list_files(place)]
     if strangers and files.stat(files.join(place, fusers.RECORD)) is None:
         raise TrainError(f"{place} holds files but no {fusers.RECORD} (e.g. {strangers[0]}): name an empty folder")
+    with files.PendingFile(place):  # discarded: it tells before the training what would be told after it
+        pass
 
 
 # --- fitting
@@ -282,7 +294,7 @@ def fit(
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": job.weight_decay},
              {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}],
-            lr=job.learning_rate,
+            lr=job.learning_rate, fused=True,
         )  # fmt: skip
         batches = max(1, len(train_rows) // job.batch_rows)
         epochs = job.epochs or max(min(_EPOCHS, -(-_MOST_STEPS // batches)), -(-_STEPS // batches))
@@ -468,12 +480,18 @@ def ranks(queries: Floats, gallery: Floats, own: Ids) -> Ids:
     A query that is all zero or not finite finds nothing: it ranks last.
     """
     found = np.full(len(queries), len(gallery), np.int64)
-    for start in range(0, len(queries), 1024):
-        block = queries[start : start + 1024].astype(np.float32)
-        scores = block @ gallery.astype(np.float32).T
-        mine = scores[np.arange(len(block)), own[start : start + 1024]][:, None]
+    for start in range(0, len(queries), _JUDGED_AT_ONCE):
+        some = slice(start, start + _JUDGED_AT_ONCE)
+        block = queries[some].astype(np.float32)
         valid = np.isfinite(block).all(axis=1) & block.any(axis=1)
-        found[start : start + 1024] = np.where(valid, (~(scores < mine)).sum(axis=1), len(gallery))
+        scores = block @ gallery.astype(np.float32).T
+        found[some] = np.where(valid, _ranks(scores, own[some]), len(gallery))
+    return found
+
+
+def _ranks(scores: Floats, own: Ids) -> Ids:
+    """The rank of column `own[i]` in row i of the scores."""
+    found: Ids = (~(scores < scores[np.arange(len(scores)), own][:, None])).sum(axis=1)
     return found
 
 
@@ -492,13 +510,34 @@ def retrieved(examples: Examples, rows: Ids, system: fusers.Fuser | str, target:
     gallery, own = _gallery(examples, rows)
     targets = fusers.normalize(examples.targets[gallery])
     if isinstance(system, str):
-        has = getattr(examples, f"has_{system}")[rows]
-        return ranks(np.where(has[:, None], fusers.normalize(getattr(examples, system)[rows]), 0), targets, own)
+        return ranks(_alone(examples, rows, system), targets, own)
     if system.spec.space == "own":
         there = np.ones(len(gallery), bool)
         flags = (there, ~there) if target == "image" else (~there, there)
         targets, _ = system.fuse(targets, targets, *flags)
     return ranks(_fused(examples, rows, system), targets, own)
+
+
+def _alone(examples: Examples, rows: Ids, side: str) -> Floats:
+    """The unit vectors of a modality, zeros where it is absent."""
+    has = getattr(examples, f"has_{side}")[rows]
+    return np.where(has[:, None], fusers.normalize(getattr(examples, side)[rows]), 0)
+
+
+def ranks_of_sums(examples: Examples, rows: Ids) -> dict[float, Ids]:
+    """What `retrieved` gives for each weighted sum: their scores are those of the modalities, weighted and summed, but
+    for the length of the sum, which changes no rank. So the products with the gallery are computed once for all.
+    """
+    gallery, own = _gallery(examples, rows)
+    targets = fusers.normalize(examples.targets[gallery])
+    found = {weight: np.empty(len(rows), np.int64) for weight in _WEIGHTS}
+    for start in range(0, len(rows), _JUDGED_AT_ONCE):
+        some = slice(start, start + _JUDGED_AT_ONCE)
+        image, text = (_alone(examples, rows[some], side) @ targets.T for side in _SIDES)
+        for weight in _WEIGHTS:
+            scores = np.float32(weight) * image + np.float32(1 - weight) * text
+            found[weight][some] = _ranks(scores, own[some])
+    return found
 
 
 def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fusers.Fuser, job: TrainJob) -> Report:
@@ -507,12 +546,12 @@ def judge_retrieval(examples: Examples, validation: Ids, test: Ids, fuser: fuser
     def found(rows: Ids, system: fusers.Fuser | str) -> Ids:
         return retrieved(examples, rows, system, job.target)
 
-    sums = {weight: weighted_sum(weight, examples.dim) for weight in _WEIGHTS}
-    tuned = max(_WEIGHTS, key=lambda weight: (1 / found(validation, sums[weight])).mean())
+    of_sums = ranks_of_sums(examples, validation)
+    tuned = max(_WEIGHTS, key=lambda weight: (1 / of_sums[weight]).mean())
     single = max(_SIDES, key=lambda side: (1 / found(validation, side)).mean())
     sum_name = f"weighted sum, image {tuned:g}"
     by_system = {f"{side} only": found(test, side) for side in _SIDES}
-    by_system |= {sum_name: found(test, sums[tuned]), job.kind: found(test, fuser)}
+    by_system |= {sum_name: found(test, weighted_sum(tuned, examples.dim)), job.kind: found(test, fuser)}
     figures = {
         name: {**{f"R@{k}": float((place <= k).mean()) for k in _KS}, "MRR": float((1 / place).mean())}
         for name, place in by_system.items()
@@ -532,6 +571,8 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         """Probabilities of validation and test rows; NaN where a row has no vector."""
         given = [features(rows) for rows in chosen]
         there: list[Any] = [some.any(axis=1) for some in given]
+        if not there[0].any():  # a modality that no row has: nothing is told
+            return [np.full((len(rows), len(examples.classes)), np.nan) for rows in chosen[1:]]
         found = _probe(given[0][there[0]], labels[0][there[0]], given[1:], len(examples.classes), job)
         return [np.where(there[i + 1][:, None], part, np.nan) for i, part in enumerate(found)]
 
@@ -540,11 +581,7 @@ def judge_labels(examples: Examples, chosen: Sequence[Ids], fuser: fusers.Fuser,
         right: Bools = (guess == labels[part]) & ~np.isnan(probabilities).any(axis=1)
         return right.astype(np.float64)
 
-    def side_only(side: str) -> Callable[[Ids], Floats]:
-        has = getattr(examples, f"has_{side}")
-        return lambda rows: np.where(has[rows, None], fusers.normalize(getattr(examples, side)[rows]), 0)
-
-    singles = {side: probed(side_only(side)) for side in _SIDES}
+    singles = {side: probed(partial(_alone, examples, side=side)) for side in _SIDES}
     halves = [weighted_sum(w, examples.dim) for w in (0.25, 0.5, 0.75)]
     sums = {half.spec.params["image"]: probed(partial(_fused, examples, system=half)) for half in halves}
     sums |= {1.0: singles["image"], 0.0: singles["text"]}
@@ -607,7 +644,8 @@ def distances(examples: Examples, rows: Ids, fuser: fusers.Fuser) -> dict[str, f
         measured = {"CORAL": metrics.coral(x, y), "relative CORAL": metrics.relative_coral(x, y)}
         tensors = torch.from_numpy(x), torch.from_numpy(y)
         measured |= {"MMD²": metrics.mmd2(x, y), "neighbours' JSD": losses.neighbour_jsd(*tensors, torch.cat(tensors))}
-        found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in measured.items()}
+        told = {measure: value for measure, value in measured.items() if value is not None}
+        found |= {f"{measure} of {name}": float(f"{float(value):.4g}") for measure, value in told.items()}
     return found
 
 

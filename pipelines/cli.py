@@ -579,8 +579,8 @@ def _train(args: argparse.Namespace, _: list[str]) -> int:
     job = TrainJob(args.fuser, **asked)
     training.check_job(job)
     output = files.absolute(args.output)
-    training.check_output(output)
     feature_table, views = table.Table.open(args.table), [table.Table.open(place) for place in args.views]
+    training.check_output(output)
 
     from fusion_core import towers
 

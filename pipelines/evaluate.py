@@ -52,10 +52,11 @@ def _summary(record: EvaluationRecord, output: str) -> str:
         lines.append(f"  {one.direction}, {one.queries:,} queries in {one.gallery:,}: {', '.join(said)}")
     if record.geometry:
         space = record.geometry
+        coral = "–" if space.coral_relative is None else f"{space.coral_relative:.2f}"
         lines.append(
             f"  alignment {space.alignment:.3f}, uniformity {space.uniformity_image:.2f} and "
             f"{space.uniformity_text:.2f}, modality gap {space.gap:.3f}, MMD² {space.mmd2:.4f} "
-            f"(chance {space.mmd2_chance:.4f}), CORAL {space.coral_relative:.2f}, "
+            f"(chance {space.mmd2_chance:.4f}), CORAL {coral}, "
             f"JSD of the distributions ≥ {space.jsd_bits or 0:.2f} bits"
         )
     if record.zero_shot:

@@ -75,7 +75,7 @@ class Geometry:
     mmd2_chance: float  # what 95 % of random splits of the same vectors stay below
     mmd2_p: float
     coral: float  # |C_image - C_text|² / 4D²
-    coral_relative: float  # |C_image - C_text| / |C_image|
+    coral_relative: float | None  # |C_image - C_text| / |C_image|; None where all images have the same vector
     jsd_bits: float | None  # of the two distributions, at least: from how well a linear classifier tells them apart
     told_apart: float | None  # that classifier's accuracy on pairs held out
     histogram: Histogram

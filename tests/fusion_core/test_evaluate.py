@@ -106,6 +106,44 @@ def test_duplicates_never_straddle_the_folds(tmp_path: Path) -> None:
         assert accuracy.high - accuracy.low > 0.15, "60 pictures, not 480, tell"
 
 
+def test_copies_of_imported_pictures_are_known_by_their_vector(tmp_path: Path) -> None:
+    """As `fusion import` writes it: nobody saw the pictures, so there is no hash of them."""
+    rng = np.random.default_rng(0)
+    n, captions = 60, 5
+    image = np.repeat(noise(n), captions, axis=0)
+    lot = np.repeat(rng.integers(0, 2, n), captions)
+    found = write(
+        tmp_path / "t",
+        image,
+        image,
+        sha256=[None] * (n * captions),
+        meta=[json.dumps({"lot": f"c{of}"}) for of in lot],
+    )
+    record = evaluate.evaluate(found, EvaluationSpec(labels="meta.lot", folds=3))
+    to_image, to_text = record.retrieval
+    assert to_image.gallery == to_text.queries == n and to_text.several_relevant == n
+    assert to_image.figures["hit@1"].value == 1, "copies are no rivals of each other"
+    assert by_name(record)["image", "random forest"].figures["accuracy"].value < 0.7
+
+
+def test_pictures_that_all_look_alike(tmp_path: Path) -> None:
+    found = write(tmp_path / "t", np.ones((30, DIM)), noise(30))
+    record = evaluate.evaluate(found, EvaluationSpec())
+    assert record.geometry is not None and record.geometry.coral_relative is None
+    assert records.from_json(EvaluationRecord, records.to_json(record), "") == record
+    assert '<td>CORAL</td><td class="n">–</td>' in evaluation_page.render(record).decode()
+
+
+def test_labels_that_end_with_a_nul_are_classes_of_their_own(tmp_path: Path) -> None:
+    names = ["a", "a\0", "ü"]
+    meta = [json.dumps({"kind": names[row % 3]}) for row in range(60)]
+    found = write(tmp_path / "t", np.eye(DIM)[np.arange(60) % 3] + 0.1 * noise(60), noise(60), meta=meta)
+    record = evaluate.evaluate(found, EvaluationSpec(labels="meta.kind", folds=2))
+    result = by_name(record)["image", "logistic regression"]
+    assert [(of.label, of.rows) for of in result.classes] == [(name, 20) for name in names]
+    assert result.figures["accuracy"].value > 0.9
+
+
 def halves(n: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Vectors of which the image tells one half of a row's class, and the caption the other."""
     rng = np.random.default_rng(3)

@@ -272,6 +272,8 @@ def test_wrong_requests_are_named(small: table.Table, tmp_path: Path) -> None:
         small.torch(rank=2, world_size=2)
     with pytest.raises(ValueError, match="must be at least 1"):
         small.torch(batch_rows=0)
+    with pytest.raises(ValueError, match="a seed is a whole number from 0, not -1"):
+        small.torch(seed=-1)
     table.claim(str(tmp_path), SPEC)
     empty = table.Table.open(str(tmp_path)).torch()
     assert (len(empty), list(empty)) == (0, [])

@@ -285,3 +285,16 @@ def test_other_dimensions_and_towers_are_refused_and_trained_kinds_need_a_folder
     fusers.keep(untrained_fuser("gate"), str(tmp_path / "table"))
     with pytest.raises(fusers.FuserError, match="is another fuser"):
         fusers.from_spec(dataclasses.replace(spec, out_dim=8), str(tmp_path / "table"))
+
+
+def test_what_is_differentiated_is_what_is_computed() -> None:
+    net = untrained_fuser("combiner", D).net
+    assert net is not None
+    slots = [torch.from_numpy(array) for array in rows(50)]
+    learned, _ = net(*slots)
+    with torch.no_grad():
+        plain, _ = net(*slots)
+    torch.testing.assert_close(learned, plain, rtol=0, atol=1e-5)
+    learned[:, 0].sum().backward()
+    for name, tensor in net.named_parameters():
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape and tensor.grad.any(), name

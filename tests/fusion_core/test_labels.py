@@ -17,7 +17,7 @@ from fusion_core.labels import BadLabels, Classes, Truth
 from fusion_core.table import Table, to_numpy
 from schemas import records
 from schemas.columns import LabelRecord, labels_schema
-from tests.corpora import photo, write_scene_table
+from tests.corpora import SPEC, TOWER, photo, write_scene_table, write_vectors
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 CLASSES = Classes({name: (name,) for name in SHAPES}, ("{}", "a photo of a {}", "one {}"))
@@ -100,6 +100,19 @@ def test_a_fitted_temperature_lowers_the_loss(table: Table, demo: towers.Towers,
     np.testing.assert_allclose(
         rows["P(ring)"].to_numpy()[known], metrics.softmax(logits / best)[:, SHAPES.index("ring")], atol=2e-3
     )
+
+
+def test_the_rows_that_judge_the_temperature_are_drawn_by_lot(tmp_path: Path) -> None:
+    """Of classes that alternate from row to row, every second row would be of one class."""
+    rng = np.random.default_rng(0)
+    axes = np.eye(TOWER.embedding_dim, dtype=np.float32)[:2]
+    kind = np.arange(400) % 2
+    image = axes[kind] + np.where(kind == 0, 0.3, 2.0)[:, None] * rng.normal(size=(400, len(axes[0])))
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    found = write_vectors(tmp_path / "t", image, image, SPEC, meta=[json.dumps({"kind": f"c{of}"}) for of in kind])
+    held = labels._fit(found, Truth(found, "meta.kind"), Classes({"c0": ("c0",), "c1": ("c1",)}), axes, 10.0)[2][0]
+    logits = 10 * image.astype(np.float32) @ axes.T
+    assert held == pytest.approx(metrics.nll(logits, kind), rel=0.2)
 
 
 def test_written_twice_is_the_same_and_what_stands_is_kept(table: Table, demo: towers.Towers, tmp_path: Path) -> None:

@@ -90,8 +90,7 @@ def test_negative_scores_rank_as_any_others() -> None:
 def test_class_figures_are_scikit_learns(seed: int, n: int, classes: int) -> None:
     rng = np.random.default_rng(seed)
     truth, guess = rng.integers(0, classes, (2, n))
-    groups = rng.integers(0, 20, n)
-    accuracy, f1, recall = metrics.summary(metrics.tallies(truth, guess, classes, groups).sum(axis=0))
+    accuracy, f1, recall = metrics.summary(metrics.tallies(truth, guess, classes))
     assert np.array_equal(
         metrics.confusion(truth, guess, classes), confusion_matrix(truth, guess, labels=range(classes))
     )
@@ -166,8 +165,8 @@ def test_rows_are_drawn_by_whole_groups() -> None:
     groups = np.repeat(np.arange(100), 5)  # five copies of each of 100 rows
     truth = np.repeat(rng.integers(0, 3, 100), 5)
     guess = np.where(np.repeat(rng.random(100), 5) < 0.7, truth, 0)
-    drawn = metrics.bootstrap_summaries(metrics.tallies(truth, guess, 3, groups))
-    once = metrics.bootstrap_summaries(metrics.tallies(truth[::5], guess[::5], 3, groups[::5]))
+    drawn = metrics.bootstrap_summaries(truth, guess, 3, groups)
+    once = metrics.bootstrap_summaries(truth[::5], guess[::5], 3, groups[::5])
     np.testing.assert_allclose(drawn, once, atol=1e-12)
     share = (truth == guess).mean()
     assert drawn[:, 0].std() == pytest.approx(math.sqrt(share * (1 - share) / 100), rel=0.1)
@@ -202,6 +201,7 @@ def test_coral_alignment_uniformity() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(40, 4)).astype(np.float32), rng.normal(0, 2, size=(50, 4)).astype(np.float32)
     assert metrics.coral(x, x) == metrics.relative_coral(x, x) == 0
+    assert metrics.relative_coral(np.ones((40, 4)), y) is None, "there is nothing that it could be relative to"
     loss = metrics.coral(x, y)
     for measure in (metrics.coral, metrics.relative_coral):
         assert measure(x, y + np.float32(3)) == pytest.approx(measure(x, y), rel=1e-5), "means do not matter"

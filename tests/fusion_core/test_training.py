@@ -158,6 +158,25 @@ def test_labels_teach_too_and_imbalance_can_be_weighed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_meta, 1 - label)
 
 
+def test_labels_of_pictures_that_have_no_captions(tmp_path: Path) -> None:
+    """Nothing is known of a modality that no row has: its figures are 0, and nothing is divided by its rows."""
+    rng = np.random.default_rng(1)
+    image = units(rng)
+    meta = [json.dumps({"side": bool(one)}) for one in image[:, 0] > 0]
+    table = write_vectors(tmp_path / "table", image, np.zeros((N, D)), SPEC, meta=meta, caption=[None] * N)
+    (report,) = training.train(table, replace(QUICK, epochs=2), labels="meta.side").reports
+    assert report.figures["text only"] == {"accuracy": 0.0, "macro recall": 0.0}
+    assert report.figures["image only"]["accuracy"] > 0.9 and report.best_single == "image only"
+
+
+def test_copies_of_few_pictures_are_not_enough_to_judge_by(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    image = units(rng, 20)[rng.integers(0, 20, N)]
+    table = write_vectors(tmp_path / "table", image, units(rng), SPEC, meta=['{"a": "x"}', '{"a": "y"}'] * (N // 2))
+    with pytest.raises(TrainError, match=r"copies of a picture counted once: 1\d in train, "):
+        training.train(table, QUICK, labels="meta.a")
+
+
 def test_triplets_ask_with_the_rows_they_name(world: Path, tmp_path: Path) -> None:
     whole = Table.open(str(world / "whole"))
     lines = ["query_image_key,query_text_key,target_key", "k1,k2,k3", "k4,,k5", "k6,k7,nobody", ",k8,k0"]
@@ -171,6 +190,10 @@ def test_triplets_ask_with_the_rows_they_name(world: Path, tmp_path: Path) -> No
     (tmp_path / "words.csv").write_text("query_image_key,query_text,target_key\nk1,in red,k2\n")
     with pytest.raises(TrainError, match="texts are not embedded here"):
         examples.gather(whole, QUICK, [], str(tmp_path / "words.csv"), "")
+    for odd in ([["k1"]], [b"\xff"]):
+        pq.write_table(pa.table({"query_image_key": odd, "target_key": ["k2"]}), tmp_path / "odd.parquet")
+        with pytest.raises(TrainError, match=r"odd.parquet: keys are strings or numbers"):
+            examples.gather(whole, QUICK, [], str(tmp_path / "odd.parquet"), "")
 
 
 # --- rows
@@ -237,6 +260,17 @@ def test_ranks_count_ties_and_what_is_no_vector_against_us() -> None:
     assert training.ranks(queries, gallery, np.array([0, 2, 3, 3, 3])).tolist() == [2, 1, 4, 4, 4]
 
 
+def test_sums_of_scores_rank_as_the_sums(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, moody = (Table.open(str(world / name)) for name in ("whole", "moody"))
+    found = examples.gather(whole, QUICK, [moody], "", "")
+    found.has_image[::7], found.has_text[::5] = False, False
+    rows = np.flatnonzero(found.split(0) == examples.TEST)
+    monkeypatch.setattr(training, "_JUDGED_AT_ONCE", 100)
+    for weight, places in training.ranks_of_sums(found, rows).items():
+        fused = training.retrieved(found, rows, training.weighted_sum(weight, found.dim), "image")
+        assert (places != fused).mean() < 0.02 and np.abs(places - fused).max() <= 1, "but for the last bit of a score"
+
+
 def test_the_interval_of_a_difference_is_drawn_by_groups() -> None:
     rng = np.random.default_rng(5)
     gains = rng.choice([-1.0, 0, 1], 400, p=[0.1, 0.6, 0.3])
@@ -277,7 +311,7 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="there is nothing to learn from"):
         training.train(whole, QUICK)
     with pytest.raises(
-        TrainError, match=r"rows: \d+ in train, \d+ in validation, \d+ in test: at least 50 of each are needed"
+        TrainError, match=r"once: \d+ in train, \d+ in validation, \d+ in test: at least 50 of each are needed"
     ):
         training.train(few, QUICK, [few])
     with pytest.raises(TrainError, match="embedded by other towers"):
@@ -293,3 +327,7 @@ def test_what_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(TrainError, match=r"holds files but no fuser\.json"):
         training.check_output(str(tmp_path))
+    with pytest.raises(OSError, match="fuser"):
+        training.check_output(str(tmp_path / "mine.txt" / "fuser"))
+    for _ in range(2):  # what it leaves behind is no stranger
+        training.check_output(str(tmp_path / "fuser"))
