@@ -19,11 +19,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from fusion_core import fields, files, table, tabular, unit
+from fusion_core import fields, files, tabular, unit
 from fusion_core.fields import Columns, Rejected
 from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.tabular import Row
 from fusion_core.towers import Towers
+from fusion_core.writer import UnitWriter
 from schemas import records
 from schemas.errors import UserError
 from schemas.feature_table import ManifestRecord, TableSpec, TowerSpec
@@ -228,7 +229,7 @@ def adopt(
     """
     clock, started = unit.Clock(), time.perf_counter()
     _check_identity(triple)
-    with table.UnitWriter(output, spec, triple.unit, work.previous, work.stale) as writer:
+    with UnitWriter(output, spec, triple.unit, work.previous, work.stale) as writer:
         for rows, letters in clock.each("read", _read(triple)):
             found: list[Sample | DeadLetter] = [*(row.sample for row in rows), *letters]
             kept = {item.row for item in passed_by(found, opt_out, writer)}

@@ -30,9 +30,10 @@ from fusion_core import choose, files, fusers, index, merge, vectors
 from fusion_core.choose import Queries
 from fusion_core.clock import Clock
 from fusion_core.dedup import BadDuplicates, Duplicates
+from fusion_core.manifest import unit_of_part
 from fusion_core.measuring import Measured, measure
 from fusion_core.merge import TRUTH_K, Source
-from fusion_core.table import Table, unit_of_part
+from fusion_core.table import Table
 from fusion_core.vectors import Kind, Shard
 from schemas import records
 from schemas.errors import RunError

@@ -16,7 +16,7 @@ from fusion_core import vectors
 from fusion_core.index import recall
 from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind, Parameters, Shard
-from schemas.feature_table import TableSpec
+from schemas.feature_table import ROW_GROUP_ROWS, TableSpec
 from schemas.index import Candidate
 
 RECALL_K = 10
@@ -91,12 +91,12 @@ def _positions(table: Table, wanted: int, rng: np.random.Generator) -> Ids:
     rows = np.array([part.rows for part in table.parts], np.int64)
     if not len(rows) or wanted >= rows.sum():
         return np.arange(rows.sum())
-    n_groups = -(-rows // tables.ROW_GROUP_ROWS)
+    n_groups = -(-rows // ROW_GROUP_ROWS)
     in_part = np.arange(n_groups.sum()) - np.repeat(np.cumsum(n_groups) - n_groups, n_groups)
-    starts = np.repeat(np.cumsum(rows) - rows, n_groups) + in_part * tables.ROW_GROUP_ROWS
-    sizes = np.minimum(np.repeat(rows, n_groups) - in_part * tables.ROW_GROUP_ROWS, tables.ROW_GROUP_ROWS)
+    starts = np.repeat(np.cumsum(rows) - rows, n_groups) + in_part * ROW_GROUP_ROWS
+    sizes = np.minimum(np.repeat(rows, n_groups) - in_part * ROW_GROUP_ROWS, ROW_GROUP_ROWS)
     groups = np.arange(len(starts))
-    n_sampled = max(_SAMPLED_GROUPS, 2 * wanted // tables.ROW_GROUP_ROWS)
+    n_sampled = max(_SAMPLED_GROUPS, 2 * wanted // ROW_GROUP_ROWS)
     if len(groups) > n_sampled:
         groups = np.sort(rng.choice(groups, n_sampled, replace=False))
     ends = np.cumsum(sizes[groups])

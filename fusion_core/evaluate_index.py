@@ -28,9 +28,10 @@ from fusion_core import table as tables
 from fusion_core.choose import RECALL_K
 from fusion_core.clock import Clock
 from fusion_core.index import RECORD, SCORE_TOLERANCE, BadIndex, Index
-from fusion_core.table import Table, TableError
+from fusion_core.table import Table
 from fusion_core.vectors import Floats, Ids, Kind
 from schemas import records
+from schemas.errors import TableError
 from schemas.index import Recall
 from schemas.index_evaluation import Claim, IndexEvaluation, Latency, MeasuredRecall, Retrieval, Setting
 

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from fusion_core import files
 from fusion_core.labels import Truth
-from fusion_core.table import ROW_GROUP_ROWS, Table, to_numpy
+from fusion_core.table import Table, to_numpy
 from schemas.errors import UserError
+from schemas.feature_table import ROW_GROUP_ROWS
 from schemas.fuser import TrainJob
 
 Floats = npt.NDArray[Any]

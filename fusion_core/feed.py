@@ -20,8 +20,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fusion_core import files
-from fusion_core.table import ROW_GROUP_ROWS, TableError, to_numpy
+from fusion_core.table import to_numpy
 from schemas import records
+from schemas.errors import TableError
+from schemas.feature_table import ROW_GROUP_ROWS
 
 if TYPE_CHECKING:
     from fusion_core.table import Table

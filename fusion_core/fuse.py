@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from fusion_core import table, unit
 from fusion_core.opt_out import letters_of
-from fusion_core.table import ROW_GROUP_ROWS, Table
+from fusion_core.table import Table
 from fusion_core.towers import Towers
-from schemas.feature_table import ManifestRecord, TableSpec, features_schema
+from fusion_core.writer import UnitWriter
+from schemas.feature_table import ROW_GROUP_ROWS, ManifestRecord, TableSpec, features_schema
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def fuse_unit(
     of_unit = Table(source.place, source.spec, (item.source,))
     known = unit.earlier_vectors(output, spec, item.work.previous).texts if text else {}
     reused = 0 if text else item.source.rows_out
-    with table.UnitWriter(output, spec, item.work.unit, item.work.previous, item.work.stale) as writer:
+    with UnitWriter(output, spec, item.work.unit, item.work.previous, item.work.stale) as writer:
         for rows in clock.each("read", of_unit.scan(batch_rows=ROW_GROUP_ROWS)):
             if text:
                 with clock("embed_text"):

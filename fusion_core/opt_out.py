@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import fields, files, table
+from fusion_core import fields, files, manifest
 from fusion_core.fields import InputError
-from fusion_core.table import ROW_GROUP_ROWS, Table
-from schemas.feature_table import KEY_DIGEST_BYTES, ManifestRecord, Part, TableSpec, features_schema
+from fusion_core.table import Table
+from fusion_core.writer import LedgerError, UnitWriter
+from schemas.feature_table import KEY_DIGEST_BYTES, ROW_GROUP_ROWS, ManifestRecord, Part, TableSpec, features_schema
 from schemas.samples import DEAD_LETTERS, DeadLetter, Sample
 
 NO_LIST = "none"  # in a list's place: nothing is left out any more
@@ -167,7 +168,7 @@ def sweep(place: str, spec: TableSpec, found: Sequence[ManifestRecord], opt_out:
         clean = {record.unit.id: record.revision for record in found if looks[record.unit.id] is False}
         failures = [look for look in looks.values() if isinstance(look, str)]
         held = [unit for unit, look in looks.items() if look is True]
-        whole = table.read_manifest(place).by_unit if held else {}  # with what the units cost, which stays said
+        whole = manifest.read(place).by_unit if held else {}  # with what the units cost, which stays said
         rows = 0
         for outcome in _each(pool, partial(_take_out, place, spec, opt_out), [whole[unit] for unit in held]):
             if isinstance(outcome, str):
@@ -198,7 +199,7 @@ def _explained(function: Callable[..., bool | int]) -> Callable[..., bool | int 
     def explained(place: str, spec: TableSpec, opt_out: OptOut, record: ManifestRecord) -> bool | int | str:
         try:
             return function(place, spec, opt_out, record)
-        except (OSError, pa.ArrowException, ValueError, table.LedgerError) as error:
+        except (OSError, pa.ArrowException, ValueError, LedgerError) as error:
             return f"{record.unit.shard}: not held against the opt-out list: {type(error).__name__}: {error}"
 
     return explained
@@ -224,7 +225,7 @@ def _take_out(place: str, spec: TableSpec, opt_out: OptOut, record: ManifestReco
         if part:
             _check_whole(place, part)
     of_unit, schema = Table(place, spec, (record,)), features_schema(spec)
-    with table.UnitWriter(place, spec, record.unit, record) as writer:
+    with UnitWriter(place, spec, record.unit, record) as writer:
         for rows in of_unit.scan(batch_rows=ROW_GROUP_ROWS):
             writer.write(_kept(rows, opt_out, writer).cast(schema))
         for letters in of_unit.dead_letters().to_batches():
@@ -246,7 +247,7 @@ def _check_whole(place: str, part: Part) -> None:
         raise InputError(f"{part.path} is damaged: `fusion verify --repair`, then run the command again")
 
 
-def _kept(rows: pa.RecordBatch, opt_out: OptOut, writer: table.UnitWriter) -> pa.RecordBatch:
+def _kept(rows: pa.RecordBatch, opt_out: OptOut, writer: UnitWriter) -> pa.RecordBatch:
     listed = _listed(rows["key"], opt_out)
     gone = rows.select(["row", "key"]).filter(pa.array(listed)).to_pydict()
     writer.leave_out(gone["row"], map(digest, gone["key"]))
@@ -266,9 +267,7 @@ def letters_of(rows: pa.RecordBatch | pa.Table) -> Iterator[DeadLetter]:
 # --- new units ------------------------------------------------------------------------------------------------------
 
 
-def passed_by(
-    window: Sequence[Sample | DeadLetter], opt_out: OptOut, writer: table.UnitWriter
-) -> list[Sample | DeadLetter]:
+def passed_by(window: Sequence[Sample | DeadLetter], opt_out: OptOut, writer: UnitWriter) -> list[Sample | DeadLetter]:
     """The items whose keys are not on the list; the others are left out of what is written."""
     if not len(opt_out.digests):
         return list(window)

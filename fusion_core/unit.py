@@ -25,6 +25,7 @@ from fusion_core import files, fusers, images, readers, shards, table
 from fusion_core.kept import Kept
 from fusion_core.opt_out import NOTHING, OptOut, passed_by
 from fusion_core.towers import Towers
+from fusion_core.writer import UnitWriter
 from schemas.feature_table import WEIGHTS, ManifestRecord, Part, TableSpec, features_schema
 from schemas.samples import DeadLetter, Sample, Unit
 
@@ -77,7 +78,7 @@ def run_unit(
     check_identity(work.unit)
     known = earlier_vectors(output, spec, work.previous)
     known.take_up(Kept(output, spec, work.unit))
-    with table.UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
+    with UnitWriter(output, spec, work.unit, work.previous, work.stale) as writer:
         stream = without_crashes(readers.read(work.unit, spec.input), work.crashes)
         if towers.device != "cpu" or not files.is_local(work.unit.shard):
             stream = ahead(stream)  # beside a local disk, the thread costs a CPU more than it saves

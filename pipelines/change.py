@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusion_core import files, opt_out, table
+from fusion_core import files, manifest, opt_out
 from pipelines import progress
 from pipelines.plan import Plan
 from schemas.feature_table import RunRecord, TableSpec
@@ -40,11 +40,11 @@ def run(
         )
         if watch.run.state == "done":
             for record in plan.gone:
-                table.remove_unit(job.output, record)
+                manifest.remove_unit(job.output, record)
             watch.update(units_removed=len(plan.gone), rows_removed=sum(record.rows_out for record in plan.gone))
         files.remove_stale_temporaries(job.output)
         if plan.work or plan.gone or plan.damaged:  # what is damaged goes, though no unit of the input was in it
-            table.compact(job.output)
+            manifest.compact(job.output)
     return watch.run
 
 
@@ -54,5 +54,5 @@ def _sweep(job: Job, plan: Plan, threads: int) -> opt_out.Swept:
         return opt_out.Swept({})
     keys = opt_out.load(*job.opt_out)
     swept = opt_out.sweep(job.output, job.spec, plan.unswept, keys, threads)
-    table.compact(job.output, lambda record: opt_out.marked(record, swept, keys))
+    manifest.compact(job.output, lambda record: opt_out.marked(record, swept, keys))
     return swept

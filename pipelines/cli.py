@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 from pipelines import options
-from schemas.errors import RunError, UserError
+from schemas.errors import RunError, TableError, UserError
 
 if TYPE_CHECKING:
     from fusion_core.opt_out import OptOut
@@ -113,7 +113,7 @@ def _quieten() -> None:
 
 
 def _embed(args: argparse.Namespace, rest: list[str]) -> int:
-    from fusion_core import files, fusers, shards, table
+    from fusion_core import files, fusers, manifest, shards
     from schemas.feature_table import InputSpec, TableSpec
 
     if not 0 <= args.shard_index < args.num_shards:
@@ -135,12 +135,12 @@ def _embed(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import change, plan, runner
 
     runner.check_beam_options(rest, vars(args))
-    existing = table.read_spec(output)
+    existing = manifest.read_spec(output)
     tower = _tower(
         args, args.model, args.pretrained, existing.tower if existing else None, lambda: _prepare(args, rest)
     )
     fuser = fusers.parse(args.fuser, tower.embedding_dim, tower.backbone) if args.fuser else None
-    spec = table.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
+    spec = manifest.claim(output, TableSpec(tower, inputs, fuser.spec if fuser else None))
     if fuser:
         fusers.keep(fuser, output)
     share = args.shard_index, args.num_shards
@@ -234,14 +234,13 @@ def _again(
 
 def _check_of_shards(spec: "TableSpec", place: str) -> None:
     """Raises TableError for a table that shards and one model alone do not make."""
-    from fusion_core import table
 
     if spec.text_tower:
-        raise table.TableError(
+        raise TableError(
             f"{place} was made by `fusion fuse --text-model`: do this to the table that it was made of, then fuse again"
         )
     if spec.imported:
-        raise table.TableError(
+        raise TableError(
             f"{place} was imported, not embedded here: repair the files it came from, delete the parts that are "
             "damaged and run `fusion import` again; it does anew what has changed or is missing"
         )
@@ -266,7 +265,7 @@ def _run(args: argparse.Namespace, rest: list[str], job: "Job", planned: "Plan")
         return _tell_failures(run, len(planned.work) + len(planned.unswept))
     try:
         report.write(feature_table, job.output, "Feature table", run)
-    except table.TableError as error:  # a part that stood already is damaged: what this run was to do is done
+    except TableError as error:  # a part that stood already is damaged: what this run was to do is done
         print(f"no report: {error}", file=sys.stderr)
         return FAILED
     return _judge_dead_letters(feature_table, args.max_dead_letters)
@@ -301,12 +300,12 @@ def _summarize(feature_table: "Table", run: "RunRecord") -> None:
 
 def _tell_opt_out(feature_table: "Table", job: "Job", run: "RunRecord") -> None:
     """What proves that the listed keys are not in the table, and which of them never were in its shards."""
-    from fusion_core import opt_out, table
+    from fusion_core import manifest, opt_out
 
     keys = opt_out.load(*job.opt_out)
     if not keys.sha256:
         return
-    missing, examples = keys.missing(table.digests_left_out(feature_table.records))
+    missing, examples = keys.missing(manifest.digests_left_out(feature_table.records))
     listed = len(keys.digests)
     print(
         f"  opt-out list {keys.sha256[:12]}: {listed - missing:,} of its {listed:,} keys found, "
@@ -331,11 +330,11 @@ def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None
 
 
 def _status(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import files, table
+    from fusion_core import files, manifest, table
     from pipelines import status
 
     place = files.absolute(args.table)
-    if table.read_spec(place) is None:
+    if manifest.read_spec(place) is None:
         from pipelines import schedule
 
         if found := schedule.latest(place):
@@ -356,7 +355,7 @@ def _tell(text: str, record: "JobRun", as_json: bool) -> int:
 def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     from tqdm import tqdm
 
-    from fusion_core import files, table
+    from fusion_core import files, table, verify
     from pipelines import runner
 
     runner.check_beam_options(rest, vars(args))
@@ -365,13 +364,13 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
         return USAGE
     place, code = files.absolute(args.table), None
     with tqdm(unit=" units", disable=args.json or args.quiet or not sys.stderr.isatty()) as bar:
-        findings = table.verify(place, lambda record: bar.update() and None)
+        findings = verify.findings(place, lambda record: bar.update() and None)
         if args.repair and (findings or args.opt_out is not None):
             for finding in findings:
                 print(f"to repair: {finding.what}", file=sys.stderr)
             with redirect_stdout(sys.stderr):  # what is asked for is the findings
                 code = _repair(args, rest, place, {finding.unit for finding in findings})
-            findings = table.verify(place, lambda record: bar.update() and None)
+            findings = verify.findings(place, lambda record: bar.update() and None)
     if args.json:
         print(json.dumps([{"unit": finding.unit, "what": finding.what} for finding in findings]))
     else:
@@ -385,12 +384,12 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _repair(args: argparse.Namespace, rest: list[str], place: str, units: set[str]) -> int:
     """Runs units again, and whatever else of their shards does not stand; returns the exit code."""
-    from fusion_core import table
+    from fusion_core import manifest
 
-    spec = table.read_spec(place)
+    spec = manifest.read_spec(place)
     assert spec is not None  # the table was just verified
     _check_of_shards(spec, place)
-    broken = sorted(set(table.shards_of(place, units)))
+    broken = sorted(set(manifest.shards_of(place, units)))
     return _again(args, rest, place, spec, broken, lambda record: record.unit.id in units)
 
 
@@ -516,7 +515,7 @@ def _caption(args: argparse.Namespace, _: list[str]) -> int:
 
 def _serve(args: argparse.Namespace, _: list[str]) -> int:
     try:
-        from pipelines import serve
+        from pipelines import guard, serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("pipelines", "fusion_core", "schemas"):
             raise
@@ -533,7 +532,7 @@ def _serve(args: argparse.Namespace, _: list[str]) -> int:
             from fusion_core import search, towers
 
             tower = towers.for_table(found.record.table_spec, args.device, args.pretrained)
-            limits = serve.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
+            limits = guard.Limits(args.max_k, args.max_body_bytes, args.timeout, args.max_waiting, tower.batch)
             app = serve.build(search.Searcher(found, tower), limits, token, hosts)
             rows = f"{found.record.rows_indexed:,} rows"
 
@@ -602,12 +601,12 @@ def _train(args: argparse.Namespace, _: list[str]) -> int:
 def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import replace
 
-    from fusion_core import files, fusers, report, table
+    from fusion_core import files, fusers, manifest, report, table
     from schemas.feature_table import TableSpec
 
     source, output = table.Table.open(args.table), files.absolute(args.output)
     if output == source.place:
-        raise table.TableError(f"--output {output} is the table that is read: name another place")
+        raise TableError(f"--output {output} is the table that is read: name another place")
     spec = replace(
         source.spec,
         fuser=None,
@@ -621,7 +620,7 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
     from pipelines import fuse, runner
 
     runner.check_beam_options(rest, vars(args))
-    spec = table.claim(output, spec)
+    spec = manifest.claim(output, spec)
     if fuser:
         fusers.keep(fuser, output)
     knobs = runner.Knobs(workers=args.workers or 0, quiet=args.quiet)
@@ -640,13 +639,13 @@ def _fuse(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _text_tower(args: argparse.Namespace, source: "Table", output: str) -> "TowerSpec | None":
     """The spec of what embedded the captions of the table that is asked for, where it is another than the images'."""
-    from fusion_core import table
+    from fusion_core import manifest
 
     if not args.text_model:
         if not args.fuser:
-            raise table.TableError("nothing to do: name a --fuser, a --text-model or both")
+            raise TableError("nothing to do: name a --fuser, a --text-model or both")
         return source.spec.text_tower
-    existing = table.read_spec(output)
+    existing = manifest.read_spec(output)
     from fusion_core import towers
 
     try:
@@ -655,7 +654,7 @@ def _text_tower(args: argparse.Namespace, source: "Table", output: str) -> "Towe
         raise towers.TowerError(str(error).replace("--pretrained", "--text-pretrained")) from error
     ours, theirs = source.spec.tower.embedding_dim, tower.embedding_dim
     if ours != theirs:
-        raise table.TableError(
+        raise TableError(
             f"the text tower of {tower.model} gives vectors of {theirs} dimensions, the images of {source.place} have "
             f"{ours}: name one that was trained for their space"
         )
@@ -692,12 +691,12 @@ def _export(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _import(args: argparse.Namespace, _: list[str]) -> int:
-    from fusion_core import adopt, files, report, table
+    from fusion_core import adopt, files, manifest, report, table
 
     triples = adopt.find(files.absolute(args.folder))  # what is wrong there is said before the slow imports
     output = files.absolute(args.output)
     keys = _opt_out(args)
-    existing = table.read_spec(output)
+    existing = manifest.read_spec(output)
 
     from fusion_core import towers
     from pipelines import adopt as importing
@@ -711,7 +710,7 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
     adopt.check_dim(triples, tower)
     spec = TableSpec(tower, imported=adopt.LAYOUT)
     if existing:
-        spec = table.claim(output, spec)
+        spec = manifest.claim(output, spec)
     named = {triple.unit.id: triple for triple in triples}
     planned = plan.compare(
         lambda: (triple.unit for triple in triples), output, spec, keys=keys, remove_missing=args.remove_missing
@@ -722,7 +721,7 @@ def _import(args: argparse.Namespace, _: list[str]) -> int:
         said = f"{compared} captions, embedded anew, have the vectors that are imported"
         unknown = "no text vectors with captions: whether this model made the vectors cannot be checked"
         print(f"{tower.model}: {said if compared else unknown}", file=sys.stderr)
-    job = change.Job(output, table.claim(output, spec), _named(keys))
+    job = change.Job(output, manifest.claim(output, spec), _named(keys))
     run = importing.run(named, planned, job, _recorded(args.arguments), args.quiet)
     feature_table = table.Table.open(output)
     _summarize(feature_table, run)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion_core import files, fusers, index, report, search, table, towers, training
+from fusion_core import files, fusers, index, manifest, report, search, table, towers, training
 from fusion_core.demo import scenes, shards
 from pipelines import cli
 from schemas.errors import UserError
@@ -108,7 +108,7 @@ def _write_report(folder: Path, the_table: str, the_index: str, query: Path, tra
         _search(searcher, f"Search by picture and text: “{_CHANGE}”", text=_CHANGE, image=image),
     ]
     feature_table = table.Table.open(the_table)
-    run = table.read_runs(feature_table.place)[-1]
+    run = manifest.read_runs(feature_table.place)[-1]
     report.write(feature_table, str(folder), "Fusion demo", run, found.record, searches, trained)
 
 

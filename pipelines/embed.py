@@ -15,7 +15,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import table, towers, unit
+from fusion_core import manifest, towers, unit
 from pipelines import change, progress, runner, workers
 from pipelines.change import Job
 from pipelines.deal import Deal
@@ -60,7 +60,7 @@ class RunUnit(beam.DoFn):  # type: ignore[misc]
         """Runs one unit; not one that is done: a cluster gives a lost worker's units, all of them, to the next."""
         recorded = None
         with suppress(OSError):  # what cannot be read is done again
-            recorded = table.read_record(self._job.output, work.unit.id)
+            recorded = manifest.read_record(self._job.output, work.unit.id)
         if recorded and _done(recorded, work):
             Metrics.counter(_NAMESPACE, "units_done_before").inc()
             yield Outcome(work.unit.id, recorded.rows_in, recorded.rows_out, recorded.rows_dead)
@@ -111,13 +111,13 @@ def _run_pipeline(job: Job, plan: Plan, knobs: Knobs, beam_options: Sequence[str
     pipeline | "Units" >> Deal(unit.Work, plan.work) | "EmbedUnits" >> beam.ParDo(RunUnit(job, knobs))
     runner.run(pipeline, beam_options)
     told = progress.take_failures()
-    manifest, lying = table.read_manifest(job.output, brief=True), table.list_parts(job.output)
+    ledger, lying = manifest.read(job.output, brief=True), manifest.list_parts(job.output)
     missing, lost = [], []
     for work in plan.work:
-        record = manifest.by_unit.get(work.unit.id)
+        record = ledger.by_unit.get(work.unit.id)
         if record is None or not _done(record, work):
             missing.append(work.unit)
-        elif not table.has_parts(record, lying):
+        elif not manifest.has_parts(record, lying):
             lost.append(f"{work.unit.shard}: its part was written and is not there: does the storage keep files?")
     return lost + [told.get(item.id, f"{item.shard}: not finished; the workers' log says why") for item in missing]
 

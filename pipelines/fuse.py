@@ -14,13 +14,14 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fusion_core import files, fuse, table, towers, unit
+from fusion_core import files, fuse, manifest, towers, unit
 from fusion_core.fuse import FuseWork
-from fusion_core.table import Table, TableError
+from fusion_core.table import Table
 from pipelines import change, progress, runner
 from pipelines.deal import Deal
 from pipelines.plan import Plan, unrecorded
 from pipelines.runner import Knobs
+from schemas.errors import TableError
 from schemas.feature_table import ManifestRecord, RunRecord, TableSpec, TowerSpec
 
 _LOG = logging.getLogger("fusion.unit")
@@ -74,18 +75,18 @@ class FuseUnit(beam.DoFn):  # type: ignore[misc]
 
 def plan(source: Table, output: str, spec: TableSpec) -> tuple[Plan, list[FuseWork]]:
     """What is to be done for the table at `output` to be `source`, fused. Raises TableError where it holds others."""
-    manifest = table.read_manifest(output)
-    lying = table.list_parts(output)
+    ledger = manifest.read(output)
+    lying = manifest.list_parts(output)
     theirs = {record.unit.id: record for record in source.records}
-    strangers = [r.unit.id for r in manifest.live if r.unit.id not in theirs and not r.source_sha256]
+    strangers = [r.unit.id for r in ledger.live if r.unit.id not in theirs and not r.source_sha256]
     if strangers:
         raise TableError(
             f"{output} holds units that are not of {source.place} (e.g. {strangers[0]}): fuse into a table of its own"
         )
-    stale = unrecorded(lying, manifest)
+    stale = unrecorded(lying, ledger)
     items = []
     for record in source.records:
-        known = manifest.by_unit.get(record.unit.id)
+        known = ledger.by_unit.get(record.unit.id)
         left = tuple(stale.get(record.unit.id, ()))
         if known is None or not _stands(known, record, spec, lying):
             items.append(FuseWork(record, unit.Work(record.unit, known, left)))
@@ -93,9 +94,9 @@ def plan(source: Table, output: str, spec: TableSpec) -> tuple[Plan, list[FuseWo
             for path in left:  # of a run that died after its record was written
                 files.remove(files.join(output, path))
     items.sort(key=lambda item: (-item.source.rows_out, item.work.unit.id))
-    gone = tuple(record for record in manifest.live if record.unit.id not in theirs)
+    gone = tuple(record for record in ledger.live if record.unit.id not in theirs)
     work = tuple(item.work for item in items)
-    planned = Plan(work, gone, len(theirs) - len(items), damaged=bool(manifest.damaged))
+    planned = Plan(work, gone, len(theirs) - len(items), damaged=bool(ledger.damaged))
     return planned, items
 
 
@@ -104,7 +105,7 @@ def _stands(known: ManifestRecord, record: ManifestRecord, spec: TableSpec, lyin
         not known.removed
         and known.source_sha256 == fuse.source_sha256(record)
         and known.spec_fingerprint == spec.fingerprint
-        and table.has_parts(known, lying)
+        and manifest.has_parts(known, lying)
     )
 
 
@@ -126,8 +127,8 @@ def _run_pipeline(job: FuseJob, items: Sequence[FuseWork], knobs: Knobs, beam_op
     pipeline | "Units" >> Deal(FuseWork, items) | "FuseUnits" >> beam.ParDo(FuseUnit(job))
     runner.run(pipeline, beam_options)
     told = progress.take_failures()
-    standing = table.read_manifest(job.output).by_unit
-    lying = table.list_parts(job.output)
+    standing = manifest.read(job.output).by_unit
+    lying = manifest.list_parts(job.output)
     missing = [
         item.work.unit
         for item in items

@@ -13,7 +13,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from fusion_core import table
+from fusion_core import manifest
 from pipelines.plan import Plan
 from schemas.feature_table import RunRecord
 
@@ -88,7 +88,7 @@ class Watch:
         self._thread = threading.Thread(target=self._follow, name="fusion-progress", daemon=True)
 
     def __enter__(self) -> Self:
-        table.write_run(self._place, self.run)
+        manifest.write_run(self._place, self.run)
         self._thread.start()
         return self
 
@@ -130,7 +130,7 @@ class Watch:
     def _record(self) -> None:
         self.update(samples_done=self._samples_done, updated_at=_now())
         with contextlib.suppress(OSError):  # a full disk stops units, and they say so
-            table.write_run(self._place, self.run)
+            manifest.write_run(self._place, self.run)
 
 
 class _Lines:

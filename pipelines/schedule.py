@@ -30,11 +30,11 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import alerts, files, lock, table, versions
+from fusion_core import alerts, files, lock, manifest, versions
 from fusion_core.table import Table
 from pipelines import job
 from schemas import records
-from schemas.errors import RunError, UserError
+from schemas.errors import RunError, TableError, UserError
 from schemas.feature_table import ManifestRecord
 from schemas.index import IndexRecord
 from schemas.index_evaluation import IndexEvaluation
@@ -317,10 +317,10 @@ class _Run:
 
 def _open(place: str) -> Table:
     """The table without what its units cost: half the memory."""
-    spec = table.read_spec(place)
+    spec = manifest.read_spec(place)
     if spec is None:
-        raise table.TableError(f"{place} has no table.json any more: does the storage keep what is written?")
-    return Table(place, spec, table.read_manifest(place, brief=True).live)
+        raise TableError(f"{place} has no table.json any more: does the storage keep what is written?")
+    return Table(place, spec, manifest.read(place, brief=True).live)
 
 
 def _standing(spec: JobSpec, source: Table) -> set[str]:
@@ -369,7 +369,7 @@ def _evaluated(place: str) -> tuple[Any, ...]:
 
 def _parts(record: ManifestRecord) -> str:
     """What tells one outcome of a unit from another: parts are named by their content."""
-    return " ".join(table.part_paths(record))
+    return " ".join(manifest.part_paths(record))
 
 
 def _left_out(record: ManifestRecord) -> str:

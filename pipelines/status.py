@@ -5,7 +5,7 @@ import socket
 from datetime import UTC, datetime
 from typing import Any
 
-from fusion_core import table
+from fusion_core import manifest, table
 from schemas.feature_table import RunRecord
 
 _SILENT_SECONDS = 60.0
@@ -14,7 +14,7 @@ _SILENT_SECONDS = 60.0
 def describe(feature_table: table.Table) -> dict[str, Any]:
     """The table's totals and its latest run, as JSON-able values."""
     records = feature_table.records
-    runs = table.read_runs(feature_table.place)
+    runs = manifest.read_runs(feature_table.place)
     return {
         "table": feature_table.place,
         "model": feature_table.spec.models,

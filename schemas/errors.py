@@ -11,3 +11,7 @@ class RunError(RuntimeError):
     """A run that cannot go on. What is recorded stays."""
 
     exit_code = 1
+
+
+class TableError(UserError):
+    """A place is not the table that was asked for, and why."""

@@ -14,6 +14,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 EMBEDDINGS = ("image_embedding", "text_embedding", "fused_embedding")
 WEIGHTS = "fusion_weights"  # (image, text), together 1 where the row has either
+ROW_GROUP_ROWS = 8192  # of every row group of a part but its last
 KEY_DIGEST_BYTES = 16  # of the SHA-256 of a key on an opt-out list
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fusion_core import fusers, table
+from fusion_core import fusers, manifest, table
+from fusion_core.writer import UnitWriter
 from schemas.feature_table import InputSpec, ManifestRecord, Preprocess, TableSpec, TowerSpec, features_schema
 from schemas.samples import DeadLetter, InputIdentity, Unit
 
@@ -100,8 +101,8 @@ def write_unit(
     place: Path, unit: Unit, rows: Iterable[int], dead: Iterable[int] = (), spec: TableSpec = SPEC, **writer: object
 ) -> ManifestRecord:
     """One unit committed to the table at `place`."""
-    table.claim(str(place), spec)
-    with table.UnitWriter(str(place), spec, unit, **writer) as out:  # type: ignore[arg-type]
+    manifest.claim(str(place), spec)
+    with UnitWriter(str(place), spec, unit, **writer) as out:  # type: ignore[arg-type]
         out.write(toy_batch(rows, spec, unit.shard))
         out.reject(DeadLetter(f"k{row}", row, "decode", "CorruptImage", "broken on purpose") for row in dead)
         return out.commit()
@@ -111,7 +112,7 @@ def write_vectors(
     place: Path, image: np.ndarray, text: np.ndarray, spec: TableSpec, per_unit: int = 500, **columns: Any
 ) -> table.Table:
     """A table of these vectors [n, D], those of zeros being absent; `columns` are sequences of n values."""
-    table.claim(str(place), spec)
+    manifest.claim(str(place), spec)
     has = {"has_image": image.any(axis=1), "has_text": text.any(axis=1)}
     for start in range(0, len(image), per_unit):
         rows = slice(start, min(start + per_unit, len(image)))
@@ -122,7 +123,7 @@ def write_vectors(
         for name, matrix in (("image_embedding", image), ("text_embedding", text)):
             kind = features_schema(spec).field(name).type
             given[name] = table.to_arrow(matrix[rows].astype(np.float16), kind)
-        with table.UnitWriter(str(place), spec, unit) as out:
+        with UnitWriter(str(place), spec, unit) as out:
             out.write(toy_batch(range(rows.stop - start), spec, unit.shard, **given))
             out.commit()
     return table.Table.open(str(place))
@@ -175,7 +176,7 @@ def write_scene_index(folder: Path, scenes: int = 40) -> str:
     ]
     write_tar(folder / "shards" / "odd.tar", odd)
     demo, inputs = towers.load(towers.DEMO, device="cpu", precision="fp32"), InputSpec()
-    spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
+    spec = manifest.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
     for work in shards.plan([str(shard.parent / "*.tar")], inputs):
         unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
     build.build(table.Table.open(str(folder / "table")), str(folder / "index"))
@@ -193,7 +194,7 @@ def write_scene_table(
     if members := list(members):
         write_tar(folder / "shards" / "more.tar", members)
     demo = towers.load(towers.DEMO, device="cpu", precision="fp32")
-    spec = table.claim(str(folder / "table"), TableSpec(demo.spec, InputSpec()))
+    spec = manifest.claim(str(folder / "table"), TableSpec(demo.spec, InputSpec()))
     for work in shards.plan([str(folder / "shards" / "*.tar")], spec.input):
         unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
     return table.Table.open(str(folder / "table"))

@@ -17,10 +17,10 @@ DOORS = {
     "sklearn": ("fusion_core/evaluate.py",),
     "pyarrow.fs": ("fusion_core/files.py",),
     "fastapi": ("pipelines/serve.py",),
-    "starlette": ("pipelines/serve.py",),
+    "starlette": ("pipelines/serve.py", "pipelines/guard.py"),
     "pydantic": ("pipelines/serve.py",),
     "uvicorn": ("pipelines/serve.py", "pipelines/connection.py"),
-    "prometheus_client": ("pipelines/serve.py",),
+    "prometheus_client": ("pipelines/guard.py",),
 }
 
 

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusion_core import dedup, neighbours, table
+from fusion_core import dedup, manifest, neighbours, table
+from fusion_core.writer import UnitWriter
 from infra.bench import measure
 from infra.bench.table import DIM, SPEC, one_unit
 from schemas.feature_table import features_schema
@@ -64,7 +65,7 @@ def write_table(place: str, rows: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     topics = rng.standard_normal((2000, MEANING), np.float32)
     lift = rng.standard_normal((MEANING, DIM), np.float32)
-    spec, schema = table.claim(place, SPEC), features_schema(SPEC)
+    spec, schema = manifest.claim(place, SPEC), features_schema(SPEC)
     original = np.arange(rows)
     text = table.to_arrow(np.zeros((UNIT_ROWS, DIM), np.float16), schema.field("text_embedding").type)
     earlier, earlier_ids = np.empty((0, DIM), np.float32), np.empty(0, np.int64)
@@ -101,7 +102,7 @@ def write_table(place: str, rows: int) -> np.ndarray:
             "text_embedding": text,
             "similarity": pa.array(rng.random(UNIT_ROWS, np.float32)),
         }
-        with table.UnitWriter(place, spec, one_unit(number)) as writer:
+        with UnitWriter(place, spec, one_unit(number)) as writer:
             writer.write(pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema))
             writer.commit()
     return original

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageFilter
 
-from fusion_core import examples, fusers, table, towers, training
+from fusion_core import examples, fusers, judging, manifest, towers, training
 from fusion_core.demo import scenes
 from fusion_core.demo.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Scene
 from fusion_core.table import Table
@@ -140,7 +140,7 @@ def write_table(place: Path, image: Floats, text: Floats, captions: Sequence[str
         "sha256": pa.array([hashlib.sha256(vector.tobytes()).digest() for vector in image], pa.binary(32)),
     }
     keys = [f"{row:06d}" for row in range(len(image))]
-    write_unit(place, table.claim(str(place), spec), 0, keys, image, text, **columns)
+    write_unit(place, manifest.claim(str(place), spec), 0, keys, image, text, **columns)
 
 
 class World:
@@ -188,17 +188,17 @@ def judge(world: World, setting: str, job: TrainJob, kinds: Sequence[str]) -> di
         done = world.train(kind, setting, replace(job, kind=kind))
         took = time.process_time() - start
         single, tuned = done.reports[0].best_single, done.reports[0].tuned_sum
-        ranks = training.retrieved(asked, rows, done.fuser, job.target)
+        ranks = judging.retrieved(asked, rows, done.fuser, job.target)
         found[kind] = {"ranks": ranks, "seconds": took, "epochs": done.epochs}
     weight = float(tuned.rpartition(" ")[2])
     sums = {"sum": 0.5, "tuned sum": weight}
     found |= {
-        name: {"ranks": training.retrieved(asked, rows, training.weighted_sum(w, asked.dim), job.target)}
+        name: {"ranks": judging.retrieved(asked, rows, judging.weighted_sum(w, asked.dim), job.target)}
         for name, w in sums.items()
     }
-    found["best single"] = {"ranks": training.retrieved(asked, rows, single.partition(" ")[0], job.target)}
+    found["best single"] = {"ranks": judging.retrieved(asked, rows, single.partition(" ")[0], job.target)}
     again = world.judged("again", job)
-    found["whole"] = {"ranks": training.retrieved(again, np.arange(len(again.row)), "image", job.target)}
+    found["whole"] = {"ranks": judging.retrieved(again, np.arange(len(again.row)), "image", job.target)}
     order = ["best single", "sum", "tuned sum", *kinds, "whole"]
     return {name: found[name] for name in order}
 
@@ -224,7 +224,7 @@ def lines_of(setting: str, draws: Sequence[dict[str, dict[str, Any]]], kinds: Se
 def points(ours: Sequence[npt.NDArray[np.bool_]], theirs: Sequence[npt.NDArray[np.bool_]]) -> str:
     """The difference of R@1 over the queries of all draws, in points."""
     gains = np.concatenate(ours).astype(np.float64) - np.concatenate(theirs)
-    mean, low, high = (100 * value for value in training.bootstrap(gains, np.arange(len(gains)), 0))
+    mean, low, high = (100 * value for value in judging.bootstrap(gains, np.arange(len(gains)), 0))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fusion_core import opt_out, table
+from fusion_core import manifest, opt_out
+from fusion_core.writer import UnitWriter
 from infra.bench import measure
 from infra.bench.table import SPEC, feature_rows, one_unit
 
@@ -25,15 +26,15 @@ COLUMNS = ("what", "how many", "seconds", "CPU seconds", "ms each", "peak GiB")
 
 def make_table(place: str, units: int) -> None:
     """Units of equal rows but for their keys, which are numbered through."""
-    table.claim(place, SPEC)
+    manifest.claim(place, SPEC)
     rows = feature_rows(ROWS)
     for number in range(units):
         keys = pa.array([f"{number * ROWS + row:012d}" for row in range(ROWS)])
-        with table.UnitWriter(place, SPEC, one_unit(number)) as writer:
+        with UnitWriter(place, SPEC, one_unit(number)) as writer:
             for batch in rows.set_column(0, rows.schema.field(0), keys).to_batches():
                 writer.write(batch)
             writer.commit()
-    table.compact(place)
+    manifest.compact(place)
 
 
 def write_list(path: Path, keys: int, units: int) -> None:
@@ -58,7 +59,7 @@ def child(place: str, path: str) -> None:
 
     keys = opt_out.load(path)
     lap("keys read", len(keys.digests))
-    records = table.read_manifest(place, brief=True).live
+    records = manifest.read(place, brief=True).live
     clean = records[: -len(records) // 10]
     clock = (time.perf_counter(), time.process_time())
     assert len(opt_out.sweep(place, SPEC, clean, keys, 2).clean) == len(clean)

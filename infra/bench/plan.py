@@ -24,7 +24,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import shards, table
+from fusion_core import manifest, shards
 from infra.bench import measure
 from infra.bench.table import SPEC, record
 from schemas import records
@@ -52,11 +52,11 @@ def make_shards(folder: Path, units: int) -> None:
 
 def make_table(folder: Path, pattern: str) -> float:
     """A table in which all that the pattern names is recorded; returns the size of its manifest in bytes."""
-    table.claim(str(folder), SPEC)
+    manifest.claim(str(folder), SPEC)
     (folder / "features").mkdir()
     (folder / "manifest").mkdir()
     path = folder / "manifest" / "snapshot-all.parquet"
-    with pq.ParquetWriter(path, table._SNAPSHOT, compression="zstd") as writer:
+    with pq.ParquetWriter(path, manifest._SNAPSHOT, compression="zstd") as writer:
         for batch in _batches(shards.plan([pattern], InputSpec())):
             rows: dict[str, list[Any]] = {"unit": [], "record": []}
             for number, item in batch:
@@ -68,7 +68,7 @@ def make_table(folder: Path, pattern: str) -> float:
                 part = type(empty.features)(name, 10_000, 0, digest)
                 rows["unit"].append(item.id)
                 rows["record"].append(records.to_json(msgspec.structs.replace(empty, features=part)))
-            writer.write_table(pa.table(rows, table._SNAPSHOT))
+            writer.write_table(pa.table(rows, manifest._SNAPSHOT))
     return path.stat().st_size
 
 

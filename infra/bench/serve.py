@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from fusion_core import build, index, search, shards, table, towers, unit
+from fusion_core import build, index, manifest, search, shards, table, towers, unit
 from fusion_core.demo import shards as demo_shards
 from infra.bench import measure
 from schemas.feature_table import InputSpec, TableSpec
@@ -44,7 +44,7 @@ def scenes(folder: Path, rows: int, precision: str = "auto") -> str:
     if not (place / "index.json").exists():
         demo_shards.write_shards(folder / "shards", rows, 1000, 7, broken=False)
         demo, inputs = towers.load(towers.DEMO, device="cpu", precision=precision), InputSpec()
-        spec = table.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
+        spec = manifest.claim(str(folder / "table"), TableSpec(demo.spec, inputs))
         for work in shards.plan([f"{folder}/shards/*.tar"], inputs):
             unit.run_unit(unit.Work(work), str(folder / "table"), spec, demo)
         build.build(table.Table.open(str(folder / "table")), str(place))

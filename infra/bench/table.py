@@ -23,9 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import table, unit
+from fusion_core import manifest, table, unit
+from fusion_core.writer import UnitWriter
 from infra.bench import measure, photos
-from schemas.feature_table import ManifestRecord, Part, Preprocess, TableSpec, TowerSpec, features_schema
+from schemas.feature_table import (
+    ROW_GROUP_ROWS,
+    ManifestRecord,
+    Part,
+    Preprocess,
+    TableSpec,
+    TowerSpec,
+    features_schema,
+)
 from schemas.samples import InputIdentity, Unit
 
 DIM, BATCH = 512, 64
@@ -78,7 +87,7 @@ def write_ours(rows: pa.Table, folder: Path) -> float:
     batches = rows.to_batches(BATCH)
 
     def write() -> None:
-        with table.UnitWriter(place, SPEC, one_unit(0)) as writer:
+        with UnitWriter(place, SPEC, one_unit(0)) as writer:
             for batch in batches:
                 writer.write(batch)
             writer.commit()
@@ -98,7 +107,7 @@ def write_raw(rows: pa.Table, folder: Path, durable: bool) -> float:
         pq.write_table(
             rows,
             path,
-            row_group_size=table.ROW_GROUP_ROWS,
+            row_group_size=ROW_GROUP_ROWS,
             compression={**dict.fromkeys(scalars, "ZSTD"), **dict.fromkeys(vectors, "NONE")},
             use_dictionary=["shard", "caption", "url"],
             write_statistics=scalars,
@@ -148,9 +157,9 @@ def scan_raw(place: Path, rows: int) -> float:
 def scan(rows: pa.Table, units: int, folder: Path, repeats: int) -> list[Any]:
     """The table's line about scanning."""
     place = folder / "table"
-    table.claim(str(place), SPEC)
+    manifest.claim(str(place), SPEC)
     for number in range(units):
-        with table.UnitWriter(str(place), SPEC, one_unit(number)) as writer:
+        with UnitWriter(str(place), SPEC, one_unit(number)) as writer:
             writer.write(rows.combine_chunks().to_batches()[0])
             writer.commit()
     found = measure.alternately(
@@ -182,12 +191,12 @@ def record(number: int) -> ManifestRecord:
 def open_many(sizes: Sequence[int], folder: Path, repeats: int) -> list[list[Any]]:
     """The table's lines about opening; records come on top of those of the size before."""
     place, found, written = str(folder / "many"), [], 0
-    table.claim(place, SPEC)
+    manifest.claim(place, SPEC)
     for units in sizes:
         with ThreadPoolExecutor(16) as pool:  # each record is synced to the disk: wait for many at once
-            list(pool.map(lambda number: table.write_record(place, record(number)), range(written, units)))
+            list(pool.map(lambda number: manifest.write_record(place, record(number)), range(written, units)))
         written = units
-        compacting = measure.seconds(lambda: table.compact(place))
+        compacting = measure.seconds(lambda: manifest.compact(place))
         took = measure.alternately({"open": lambda: measure.seconds(lambda: table.Table.open(place))}, repeats)["open"]
         found.append(["open", units, took, "", "", "", f"s (compacting {compacting:.1f} s)"])
     return found

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fusion_core import table
+from fusion_core import manifest, table
+from fusion_core.writer import UnitWriter
 from schemas.feature_table import Preprocess, TableSpec, TowerSpec, features_schema
 from schemas.samples import InputIdentity, Unit
 
@@ -61,7 +62,7 @@ def write_unit(
         given[f"has_{side}"] = pa.array(matrix.any(axis=1))
         name = f"{side}_embedding"
         given[name] = table.to_arrow(matrix.astype(np.float16), schema.field(name).type)
-    with table.UnitWriter(str(place), spec, unit) as writer:
+    with UnitWriter(str(place), spec, unit) as writer:
         writer.write(pa.record_batch([given[name] for name in schema.names], schema=schema))
         writer.commit()
 
@@ -73,12 +74,12 @@ def _name(number: int) -> str:
 def write_table(place: Path, rows: int, dim: int = 512, unit_rows: int = UNIT_ROWS) -> table.Table:
     """A table of so many pairs at `place`; the units that stand there, of as many rows, are taken as they are."""
     tower = TowerSpec("synthetic", "", "c", "w", dim, "fp32", Preprocess(32, 32, (0.5,) * 3, (0.5,) * 3))
-    spec, world = table.claim(str(place), TableSpec(tower)), World(dim)
-    standing = table.read_manifest(str(place)).by_unit
+    spec, world = manifest.claim(str(place), TableSpec(tower)), World(dim)
+    standing = manifest.read(str(place)).by_unit
     for number, start in enumerate(range(0, rows, unit_rows)):
         n = min(unit_rows, rows - start)
         if _name(number) not in standing:
             keys = [str(start + row) for row in range(n)]
             write_unit(place, spec, number, keys, *world.pairs(n, number + 1))
-    table.compact(str(place))
+    manifest.compact(str(place))
     return table.Table.open(str(place))

@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import table, towers
+from fusion_core import manifest, table, towers, verify
 from fusion_core.demo.shards import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -158,13 +158,13 @@ def recorded(place: Path) -> dict[str, table.ManifestRecord]:
     """The units that stand."""
     if not (place / "table.json").exists():
         return {}
-    return {record.unit.id: record for record in table.read_manifest(str(place)).live}
+    return {record.unit.id: record for record in manifest.read(str(place)).live}
 
 
 def differences(place: Path, whole: Path) -> list[str]:
     """What a table has or lacks that the undisturbed one lacks or has."""
     found, expected = table.Table.open(str(place)), table.Table.open(str(whole))
-    problems = [f"verify: {problem}" for problem in table.verify(str(place))]
+    problems = [f"verify: {problem}" for problem in verify.findings(str(place))]
     if not pa.Table.from_batches(found.scan()).equals(pa.Table.from_batches(expected.scan())):
         problems.append("other rows")
     if not found.dead_letters().equals(expected.dead_letters()):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from fusion_core import files, table, towers
+from fusion_core import files, manifest, table, towers, verify
 from pipelines import cli
 from tests.corpora import pairs, write_tar
 from tests.faults import storage
@@ -47,7 +47,7 @@ def assert_whole(place: Path, whole: Path) -> None:
     expected, found = (table.Table.open(str(path)) for path in (whole / "table", place))
     assert pa.Table.from_batches(found.scan()).equals(pa.Table.from_batches(expected.scan()))
     assert found.dead_letters().equals(expected.dead_letters())
-    assert table.verify(str(place)) == []
+    assert verify.findings(str(place)) == []
     lying = sorted(path.name for folder in ("features", "dead_letters") for path in (place / folder).iterdir())
     assert lying == sorted(
         path.name for folder in ("features", "dead_letters") for path in (whole / "table" / folder).iterdir()
@@ -62,7 +62,7 @@ def disturb(whole: Path, place: Path, fault: storage.Fault, lost: Callable[[str]
     if (place / "table.json").exists() and list((place / "features").glob("*")):
         expected = pa.Table.from_batches(table.Table.open(str(whole / "table")).scan())
         by_key = {row["key"]: row for row in expected.select(["key", "row", "shard", "caption"]).to_pylist()}
-        for record in table.read_manifest(str(place)).live:
+        for record in manifest.read(str(place)).live:
             if record.features and (place / record.features.path).exists():
                 rows = table.Table.open(str(place)).read_part(record.features, ["key", "row", "shard", "caption"])
                 assert all(by_key[row["key"]] == row for row in rows.to_pylist())

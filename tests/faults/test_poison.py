@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fusion_core import table, towers
+from fusion_core import table, towers, verify
 from fusion_core.demo import shards as demo
 from pipelines import cli
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
@@ -121,7 +121,7 @@ def check(folder: Path, shards: int, each: int, every: int, *options: str) -> No
     assert cli.main(["retry", str(folder / "table"), "--device", "cpu", "--quiet", *options]) == 0
     assert table.Table.open(str(folder / "table")).dead_letters().num_rows == 0
     assert_same_rows(read(folder / "table"), clean)
-    assert table.verify(str(folder / "table")) == []
+    assert verify.findings(str(folder / "table")) == []
 
 
 def test_each_kind_of_broken_sample_costs_only_itself(tmp_path: Path) -> None:

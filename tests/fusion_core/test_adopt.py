@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fusion_core import adopt, examples, table, unit
+from fusion_core import adopt, examples, manifest, table, unit, verify
 from fusion_core.adopt import BadImport, find, unit_length
 from schemas.feature_table import ManifestRecord, TableSpec
 from schemas.fuser import TrainJob
@@ -31,7 +31,7 @@ def vectors(n: int, seed: int, kind: str = "<f2", length: float = 1.0) -> np.nda
 
 
 def adopted(folder: Path, place: Path) -> table.Table:
-    table.claim(str(place), IMPORTED)
+    manifest.claim(str(place), IMPORTED)
     for triple in find(str(folder)):
         adopt.adopt(triple, unit.Work(triple.unit), str(place), IMPORTED)
     return table.Table.open(str(place))
@@ -112,7 +112,7 @@ def test_every_row_is_aligned_and_accounted_for(
             stored = matrix_of(rows, column)[place].astype(np.float64)
             exact = mine[side] / np.linalg.norm(mine[side]) if side in mine else np.zeros(DIM)
             np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=1e-6)
-    assert table.verify(opened.place) == []
+    assert verify.findings(opened.place) == []
 
 
 def test_numbers_are_numbers_and_their_files_belong_together(tmp_path: Path) -> None:
@@ -313,10 +313,10 @@ def test_files_that_change_meanwhile_leave_no_unit(
         else:
             matrix.touch()
 
-    table.claim(str(tmp_path / "table"), IMPORTED)
+    manifest.claim(str(tmp_path / "table"), IMPORTED)
     with pytest.raises(unit.InputChanged, match="meanwhile: run the command again"):
         adopt.adopt(triple, unit.Work(triple.unit), str(tmp_path / "table"), IMPORTED, done=interfere)
-    assert table.read_manifest(str(tmp_path / "table")).by_unit == {}
+    assert manifest.read(str(tmp_path / "table")).by_unit == {}
     assert not list((tmp_path / "table").rglob("features/*"))
 
 

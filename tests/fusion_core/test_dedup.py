@@ -14,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusion_core import dedup, files, neighbours, phash, readers, shards, table
+from fusion_core import dedup, files, manifest, neighbours, phash, readers, shards, table
 from fusion_core.dedup import BadDuplicates, Duplicates
 from fusion_core.table import Table
+from fusion_core.writer import UnitWriter
 from schemas.dedup import CLUSTERS, DedupSpec
+from schemas.errors import TableError
 from schemas.feature_table import features_schema
 from schemas.samples import Sample
 from tests.corpora import SPEC, photo, toy_batch, toy_unit, write_tar
@@ -56,7 +58,7 @@ def some_rows(n: int, seed: int, kinds: int = 6) -> Rows:
 
 def write(place: Path, rows: Rows, part_rows: int = 17, name: str = "shard") -> Table:
     """A table of these rows in parts of a few."""
-    table.claim(str(place), SPEC)
+    manifest.claim(str(place), SPEC)
     kind = features_schema(SPEC).field("image_embedding").type
     for number, start in enumerate(range(0, len(rows.digests), part_rows)):
         cut = slice(start, start + part_rows)
@@ -72,7 +74,7 @@ def write(place: Path, rows: Rows, part_rows: int = 17, name: str = "shard") -> 
             image_embedding=table.to_arrow(rows.vectors[cut], kind),
         )
         unit = toy_unit(f"{name}-{number:03d}", f"/data/{name}-{number:03d}.tar")
-        with table.UnitWriter(str(place), SPEC, unit) as writer:
+        with UnitWriter(str(place), SPEC, unit) as writer:
             writer.write(batch)
             writer.commit()
     return Table.open(str(place))
@@ -208,7 +210,7 @@ def test_a_second_run_does_nothing_and_a_changed_table_is_done_anew(
         Duplicates.open(out, grown)
     dedup.build(grown, out, spec)
     assert len(Duplicates.open(out, grown).kept()) == 57
-    table.remove_unit(str(place), grown.records[0])
+    manifest.remove_unit(str(place), grown.records[0])
     smaller = Table.open(str(place))
     dedup.build(smaller, out, spec)
     assert len(list((tmp_path / "out" / "clusters").iterdir())) == 3
@@ -253,7 +255,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadDuplicates, match=message):
             dedup.build(opened, str(out), spec)
-    with pytest.raises(table.TableError, match="no embedding column 'fused_embedding'"):
+    with pytest.raises(TableError, match="no embedding column 'fused_embedding'"):
         dedup.build(opened, str(out), DedupSpec(cosine=0.9, column="fused_embedding"))
     with pytest.raises(BadDuplicates, match="name an empty folder"):
         dedup.build(opened, opened.place, DedupSpec())
@@ -304,7 +306,7 @@ def picture_table(folder: Path) -> Table:
     for number, some in enumerate((members[:6], members[6:])):
         write_tar(folder / "shards" / f"{number}.tar", some)
     place = str(folder / "table")
-    table.claim(place, SPEC)
+    manifest.claim(place, SPEC)
     for unit in shards.plan([str(folder / "shards" / "*.tar")], SPEC.input):
         samples = [item for item in readers.read(unit, SPEC.input) if isinstance(item, Sample)]
         digests = [sample.image and hashlib.sha256(sample.image).digest() for sample in samples]
@@ -315,7 +317,7 @@ def picture_table(folder: Path) -> Table:
             sha256=digests,
             has_image=[digest is not None for digest in digests],
         )
-        with table.UnitWriter(place, SPEC, unit) as writer:
+        with UnitWriter(place, SPEC, unit) as writer:
             writer.write(batch)
             writer.commit()
     return Table.open(place)

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from fusion_core import evaluate, evaluation_page, labels, table, towers
+from fusion_core import evaluate, evaluation_page, labels, manifest, table, towers
 from fusion_core.evaluate import BadEvaluation
 from fusion_core.labels import Classes
 from fusion_core.table import Table, to_arrow
+from fusion_core.writer import UnitWriter
 from schemas import records
 from schemas.evaluation import EvaluationRecord, EvaluationSpec
 from schemas.feature_table import features_schema
@@ -35,9 +36,9 @@ def write(place: Path, image: np.ndarray, text: np.ndarray, **columns: Any) -> T
         "sha256": [i.to_bytes(32, "big") for i in range(n)],
         "caption": [f"caption {i}" for i in range(n)],
     }
-    table.claim(str(place), SPEC)
+    manifest.claim(str(place), SPEC)
     batch = toy_batch(range(n), image_embedding=vectors(image), text_embedding=vectors(text), **(given | columns))
-    with table.UnitWriter(str(place), SPEC, toy_unit()) as out:
+    with UnitWriter(str(place), SPEC, toy_unit()) as out:
         out.write(batch)
         out.commit()
     return Table.open(str(place))

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusion_core import build, choose, evaluate_index, files, fusers, index_page, vectors
-from fusion_core import table as tables
+from fusion_core import build, choose, evaluate_index, files, fusers, index_page, manifest, vectors
 from fusion_core.index import SCORE_TOLERANCE, BadIndex, Index
 from fusion_core.table import Table
 from schemas import records
@@ -221,7 +220,7 @@ def test_a_table_that_grew_is_measured_as_far_as_it_is_indexed(tmp_path: Path) -
     assert found.rows_since == 200 and "200 rows came" in found.notes[0] and share(found, "text", 10) == 1.0
 
     gone = Table.open(str(place)).records[0]
-    tables.remove_unit(str(place), gone)
+    manifest.remove_unit(str(place), gone)
     with pytest.raises(BadIndex, match=r"is not of .*as it is now.*anew"):
         evaluate_index.run(str(tmp_path / "index"))
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fusion_core import feed as feed_module
-from fusion_core import table
+from fusion_core import manifest, table, writer
 from fusion_core.feed import Feed
+from fusion_core.writer import UnitWriter
+from schemas.errors import TableError
 from tests.corpora import SPEC, toy_batch, toy_unit, toy_vectors
 
 SIZES = (30, 1, 64, 17, 8, 100, 3)
@@ -29,9 +31,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterable[table.Table]:
     """A table of seven parts in row groups of 16 rows, so that few rows make many row groups."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "ROW_GROUP_ROWS", 16)
+        patch.setattr(writer, "ROW_GROUP_ROWS", 16)
         patch.setattr(feed_module, "ROW_GROUP_ROWS", 16)
         place, start = tmp_path_factory.mktemp("feed"), 0
-        table.claim(str(place), SPEC)
+        manifest.claim(str(place), SPEC)
         for number, size in enumerate(SIZES):
             rows = list(range(start, start + size))
             extra = {
@@ -42,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterable[table.Table]:
             }
             unit = toy_unit(f"unit-{number:012d}", f"/data/{number}.tar", start=0)
             batch = toy_batch(rows, row=list(range(size)), **extra)
-            with table.UnitWriter(str(place), SPEC, unit) as out:
+            with UnitWriter(str(place), SPEC, unit) as out:
                 out.write(batch)
                 out.commit()
             start += size
@@ -266,7 +269,7 @@ def test_a_position_of_something_else_is_refused(small: table.Table) -> None:
 
 
 def test_wrong_requests_are_named(small: table.Table, tmp_path: Path) -> None:
-    with pytest.raises(table.TableError, match="no column 'nope'"):
+    with pytest.raises(TableError, match="no column 'nope'"):
         small.torch(["nope"])
     with pytest.raises(ValueError, match="rank 2 is not one of 0…1"):
         small.torch(rank=2, world_size=2)
@@ -274,6 +277,6 @@ def test_wrong_requests_are_named(small: table.Table, tmp_path: Path) -> None:
         small.torch(batch_rows=0)
     with pytest.raises(ValueError, match="a seed is a whole number from 0, not -1"):
         small.torch(seed=-1)
-    table.claim(str(tmp_path), SPEC)
+    manifest.claim(str(tmp_path), SPEC)
     empty = table.Table.open(str(tmp_path)).torch()
     assert (len(empty), list(empty)) == (0, [])

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from fusion_core import build, files, fusers, index, merge, vectors
+from fusion_core import build, files, fusers, index, manifest, merge, vectors
 from fusion_core import table as tables
 from fusion_core.index import RECORD, BadIndex, Index
 from fusion_core.table import Table
+from fusion_core.writer import UnitWriter
 from schemas import records
 from schemas.feature_table import Preprocess, TableSpec, TowerSpec, features_schema
 from schemas.index import META, IndexRecord
@@ -52,7 +53,7 @@ def write_table(
     spec: TableSpec | None = None,
     fused: np.ndarray | None = None,
 ) -> Table:
-    spec = tables.claim(str(place), spec or table_spec(image.shape[1]))
+    spec = manifest.claim(str(place), spec or table_spec(image.shape[1]))
     schema = features_schema(spec)
     has = {"has_image": has_image, "has_text": has_text}
     flags = {name: np.ones(len(image), bool) if flag is None else flag for name, flag in has.items()}
@@ -72,7 +73,7 @@ def write_table(
         columns |= {name: pa.array(flag[rows]) for name, flag in flags.items()}
         for name, matrix in vectors.items():
             columns[name] = tables.to_arrow(np.ascontiguousarray(matrix[rows], np.float16), schema.field(name).type)
-        with tables.UnitWriter(str(place), spec, unit) as writer:
+        with UnitWriter(str(place), spec, unit) as writer:
             writer.write(pa.record_batch([columns[name] for name in schema.names], schema=schema))
             writer.commit()
     return Table.open(str(place))
@@ -174,7 +175,7 @@ def test_an_index_of_one_vector_can_be_read_again(tmp_path: Path) -> None:
 
 
 def test_an_index_of_an_empty_table_is_built(tmp_path: Path) -> None:
-    tables.claim(str(tmp_path / "table"), table_spec(DIM))
+    manifest.claim(str(tmp_path / "table"), table_spec(DIM))
     build.build(Table.open(str(tmp_path / "table")), str(tmp_path / "index"))
     opened = Index.open(str(tmp_path / "index"))
     assert opened.search(np.ones((1, DIM), np.float32), 2)[1].tolist() == [[-1, -1]]

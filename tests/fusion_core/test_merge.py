@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion_core import build, choose, files, index, merge, vectors
-from fusion_core import table as tables
+from fusion_core import build, choose, files, index, manifest, merge, vectors
 from fusion_core.build import IndexJob
 from fusion_core.index import Index
 from fusion_core.merge import Source
 from fusion_core.table import Table
+from fusion_core.writer import UnitWriter
 from pipelines import index as job
 from pipelines.runner import Knobs
 from schemas import records
@@ -216,15 +216,15 @@ def test_units_that_the_table_removed_or_wrote_smaller_leave_the_index(world: An
     table, index_place, said = Table.open(str(tmp_path / "table")), str(tmp_path / "index"), list[str]()
     asked_for = IndexJob(index_place, **asked("IVF1,SQ8") | {"piece_bytes": 1 << 30})
     first = job.run(asked_for, table, Knobs(workers=1))
-    tables.remove_unit(table.place, table.records[4])
+    manifest.remove_unit(table.place, table.records[4])
     smaller = table.records[9]
     assert smaller.features
     rows = table.read_part(smaller.features).slice(2).combine_chunks()  # the first two are dead letters now
-    with tables.UnitWriter(table.place, table.spec, smaller.unit, smaller) as writer:
+    with UnitWriter(table.place, table.spec, smaller.unit, smaller) as writer:
         writer.write(rows.to_batches()[0])
         writer.reject(DeadLetter(f"key-{900 + i}", i, "read", "OptedOut", "by its key") for i in (0, 1))
         writer.commit()
-    tables.compact(table.place)
+    manifest.compact(table.place)
     record = job.run(asked_for, Table.open(table.place), Knobs(workers=1), log=said.append)
     has_image = world[3]
     left = has_image[400:500].sum() + has_image[900:902].sum()

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_core import files, opt_out, table
+from fusion_core import files, manifest, opt_out, table, verify
 from fusion_core.fields import InputError
+from fusion_core.writer import UnitWriter
 from tests.corpora import SPEC, toy_batch, toy_unit, write_unit
 from tests.faults import storage
 
@@ -29,7 +30,7 @@ def read(place: Path) -> pa.Table:
 
 
 def lying(place: Path) -> set[str]:
-    return set(table.list_parts(str(place)))
+    return set(manifest.list_parts(str(place)))
 
 
 KEYS = ["plain", "with, comma", "süß\t✓", " spaces ", "000017"]
@@ -113,7 +114,7 @@ def test_what_is_taken_out_is_as_if_it_had_never_been_there(
         (now,) = table.Table.open(place).records
         assert swept.rows == now.rows_opted_out - record.rows_opted_out
         assert swept.clean == ({} if swept.rows else {unit.id: record.revision})
-        assert now.rows_opted_out == len(listed) and set(table.digests_of(now)) == {
+        assert now.rows_opted_out == len(listed) and set(manifest.digests_of(now)) == {
             opt_out.digest(f"k{row}") for row in listed
         }
         kept = [row for row in good if row not in listed]
@@ -122,18 +123,18 @@ def test_what_is_taken_out_is_as_if_it_had_never_been_there(
             assert kept == whole["row"].filter(pa.array(np.isin(whole["row"], kept))).to_pylist()
             if kept:
                 assert read(folder / "table").equals(whole.filter(np.isin(whole["row"], kept)))
-        assert lying(folder / "table") == set(table.part_paths(now))
-        assert table.verify(place) == []
+        assert lying(folder / "table") == set(manifest.part_paths(now))
+        assert verify.findings(place) == []
 
 
 def test_what_a_unit_cost_and_where_it_came_from_stays_said(tmp_path: Path) -> None:
-    with table.UnitWriter(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), SPEC), toy_unit()) as writer:
+    with UnitWriter(str(tmp_path / "table"), manifest.claim(str(tmp_path / "table"), SPEC), toy_unit()) as writer:
         writer.write(toy_batch(range(5)))
         writer.commit(seconds={"unit": 3.0}, versions={"torch": "9"}, finished_at="2026-01-01", source_sha256="s" * 64)
     place = str(tmp_path / "table")
-    table.compact(place)
+    manifest.compact(place)
     keys = write_list(tmp_path / "list", ["k3"])
-    brief = table.read_manifest(place, brief=True).live
+    brief = manifest.read(place, brief=True).live
     opt_out.sweep(place, SPEC, brief, keys)
     (record,) = table.Table.open(place).records
     assert (record.seconds, record.versions, record.finished_at) == ({"unit": 3.0}, {"torch": "9"}, "2026-01-01")
@@ -149,8 +150,8 @@ def test_units_without_a_listed_key_are_marked_and_not_touched(tmp_path: Path) -
     found = table.Table.open(place).records
     swept = opt_out.sweep(place, SPEC, found, keys)
     redone = msgspec.structs.replace(found[1], revision=7)  # meanwhile, by another launcher
-    table.write_record(place, redone)
-    table.compact(place, lambda record: opt_out.marked(record, swept, keys))
+    manifest.write_record(place, redone)
+    manifest.compact(place, lambda record: opt_out.marked(record, swept, keys))
     assert [record.opt_out_sha256 for record in table.Table.open(place).records] == [keys.sha256, "", keys.sha256]
     assert before == {path: (tmp_path / "table" / path).stat().st_mtime_ns for path in lying(tmp_path / "table")}
     assert len(list((tmp_path / "table" / "manifest").iterdir())) == 1
@@ -192,12 +193,12 @@ def test_a_damaged_part_is_told_and_not_passed_on(tmp_path: Path) -> None:
 
 def test_verify_counts_what_is_left_out(tmp_path: Path) -> None:
     record = write_unit(tmp_path / "table", toy_unit(), range(5))
-    table.write_record(str(tmp_path / "table"), msgspec.structs.replace(record, rows_opted_out=1, revision=1))
-    (finding,) = table.verify(str(tmp_path / "table"))
+    manifest.write_record(str(tmp_path / "table"), msgspec.structs.replace(record, rows_opted_out=1, revision=1))
+    (finding,) = verify.findings(str(tmp_path / "table"))
     assert "5 rows and 0 dead letters and 1 left out" in finding.what
-    table.write_record(
+    manifest.write_record(
         str(tmp_path / "table"), msgspec.structs.replace(record, rows_in=6, rows_opted_out=1, revision=2)
     )
-    assert table.verify(str(tmp_path / "table")) == []
-    table.write_record(str(tmp_path / "table"), msgspec.structs.replace(record, rows_in=4, revision=3))
-    assert len(table.verify(str(tmp_path / "table"))) == 1
+    assert verify.findings(str(tmp_path / "table")) == []
+    manifest.write_record(str(tmp_path / "table"), msgspec.structs.replace(record, rows_in=4, revision=3))
+    assert len(verify.findings(str(tmp_path / "table"))) == 1

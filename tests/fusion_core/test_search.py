@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_core import build, fusers, images, readers, search, shards, towers
+from fusion_core import build, fusers, images, manifest, readers, search, shards, towers
 from fusion_core import table as tables
 from fusion_core.demo import scenes
 from fusion_core.index import Index
 from fusion_core.search import BadQuery, NoImage, Query, Searcher, WrongSpace, fetch_image
 from fusion_core.towers import TowerError, Towers
+from fusion_core.writer import UnitWriter
 from schemas.feature_table import InputSpec, TableSpec, features_schema
 from schemas.index import ANSWER
 from schemas.samples import InputIdentity, Sample, Unit
@@ -99,7 +100,7 @@ def open_index(
 ) -> Index:
     """An index of the pictures (or of those in `keep`), by way of a real table."""
     made = fusers.parse(fuser, demo.spec.embedding_dim) if fuser else None
-    spec = tables.claim(str(place / "table"), TableSpec(demo.spec, fuser=made.spec if made else None))
+    spec = manifest.claim(str(place / "table"), TableSpec(demo.spec, fuser=made.spec if made else None))
     rows = np.arange(ROWS)[keep]
     digests = [None if data is None else hashlib.sha256(data).digest() for data in pictures.encoded]
     columns: dict[str, Any] = {
@@ -125,7 +126,7 @@ def open_index(
         else pa.nulls(len(rows), field.type)
         for field in schema
     ]
-    with tables.UnitWriter(
+    with UnitWriter(
         str(place / "table"), spec, Unit("u", "tar", str(pictures.shard), InputIdentity(1, 1), first_row=int(rows[0]))
     ) as writer:
         writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema))

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_core import files, table
+from fusion_core import files, manifest, table, verify
+from fusion_core.writer import LedgerError, UnitWriter
+from schemas.errors import TableError
 from schemas.feature_table import TableSpec, features_schema
 from schemas.fuser import FuserSpec
 from schemas.records import SchemaMismatch
@@ -83,9 +85,9 @@ def test_every_row_is_a_feature_or_a_dead_letter(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], dead: set[int]
 ) -> None:
     place = tmp_path_factory.mktemp("table")
-    table.claim(str(place), SPEC)
+    manifest.claim(str(place), SPEC)
     edges = sorted({0, 60, *cuts})
-    with table.UnitWriter(str(place), SPEC, toy_unit()) as writer:
+    with UnitWriter(str(place), SPEC, toy_unit()) as writer:
         for start, stop in itertools.pairwise(edges):
             writer.write(toy_batch(range(start, stop)))  # a dead letter takes back a row written before it
         writer.reject(DeadLetter(f"k{row}", row, "read", "ScatteredKey", "late") for row in dead)
@@ -95,18 +97,18 @@ def test_every_row_is_a_feature_or_a_dead_letter(
     assert alive == sorted(set(range(60)) - dead)
     assert opened.dead_letters()["row"].to_pylist() == sorted(dead)
     assert (record.rows_in, record.rows_out, record.rows_dead) == (60, 60 - len(dead), len(dead))
-    assert table.verify(str(place)) == []
+    assert verify.findings(str(place)) == []
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 3], [0, 1, 1, 2], [1, 2, 3]])
 def test_a_ledger_that_does_not_close_publishes_nothing(tmp_path: Path, rows: list[int]) -> None:
-    with pytest.raises(table.LedgerError, match="lost or double"):
+    with pytest.raises(LedgerError, match="lost or double"):
         write_unit(tmp_path, toy_unit(), rows)
     assert visible(tmp_path) == ["table.json"]
 
 
 def test_fewer_rows_than_the_shard_promised_publish_nothing(tmp_path: Path) -> None:
-    with pytest.raises(table.LedgerError, match="promised 4 samples, 3 came"):
+    with pytest.raises(LedgerError, match="promised 4 samples, 3 came"):
         write_unit(tmp_path, toy_unit(rows=4), range(3))
     assert visible(tmp_path) == ["table.json"]
 
@@ -115,7 +117,7 @@ def test_an_empty_unit_has_a_record_and_no_parts(tmp_path: Path) -> None:
     record = write_unit(tmp_path, toy_unit(), [])
     assert (record.features, record.dead_letters, record.rows_in) == (None, None, 0)
     assert table.Table.open(str(tmp_path)).num_rows == 0
-    assert table.verify(str(tmp_path)) == []
+    assert verify.findings(str(tmp_path)) == []
 
 
 def test_writing_a_unit_again_gives_the_same_part(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_a_changed_unit_replaces_its_parts_and_removes_leftovers(tmp_path: Path)
     first = write_unit(tmp_path, toy_unit(), range(10), dead=[3])
     leftover = "features/shard-0123456789ab-deadbeef.parquet"
     (tmp_path / leftover).write_bytes(b"of a run that died")
-    assert [f.what for f in table.verify(str(tmp_path))] == [
+    assert [f.what for f in verify.findings(str(tmp_path))] == [
         f"{leftover}: no record names it (left by a run that was cut off)"
     ]
     second = write_unit(tmp_path, toy_unit(), range(12), previous=first, stale=(leftover,))
@@ -140,23 +142,23 @@ def test_a_changed_unit_replaces_its_parts_and_removes_leftovers(tmp_path: Path)
 
 def test_the_highest_revision_counts_whatever_file_holds_it(tmp_path: Path) -> None:
     first = write_unit(tmp_path, toy_unit(), range(10))
-    table.compact(str(tmp_path))
+    manifest.compact(str(tmp_path))
     second = write_unit(tmp_path, toy_unit(), range(12), previous=first)
-    assert table.read_manifest(str(tmp_path)).live == (second,)
-    table.compact(str(tmp_path))
-    table.write_record(str(tmp_path), first)  # a late launcher's older record does not win
-    assert table.read_manifest(str(tmp_path)).live == (second,)
+    assert manifest.read(str(tmp_path)).live == (second,)
+    manifest.compact(str(tmp_path))
+    manifest.write_record(str(tmp_path), first)  # a late launcher's older record does not win
+    assert manifest.read(str(tmp_path)).live == (second,)
     assert len(list((tmp_path / "manifest").iterdir())) == 2
 
 
 def test_removed_units_stay_removed_through_compaction(tmp_path: Path) -> None:
     record = write_unit(tmp_path, toy_unit("a-1", "/a.tar"), range(10), dead=[2])
     write_unit(tmp_path, toy_unit("b-1", "/b.tar"), range(3))
-    table.compact(str(tmp_path))
-    table.remove_unit(str(tmp_path), record)
-    table.compact(str(tmp_path))
+    manifest.compact(str(tmp_path))
+    manifest.remove_unit(str(tmp_path), record)
+    manifest.compact(str(tmp_path))
     assert table.Table.open(str(tmp_path)).num_rows == 3
-    assert table.verify(str(tmp_path)) == []
+    assert verify.findings(str(tmp_path)) == []
 
 
 def test_readers_see_whole_tables_while_records_are_compacted(tmp_path: Path) -> None:
@@ -166,9 +168,9 @@ def test_readers_see_whole_tables_while_records_are_compacted(tmp_path: Path) ->
 
     def churn() -> None:
         for i in range(40):
-            record = table.read_manifest(str(tmp_path)).by_unit[f"u{i % 30}-1"]
-            table.write_record(str(tmp_path), msgspec.structs.replace(record, revision=record.revision + 1))
-            table.compact(str(tmp_path))
+            record = manifest.read(str(tmp_path)).by_unit[f"u{i % 30}-1"]
+            manifest.write_record(str(tmp_path), msgspec.structs.replace(record, revision=record.revision + 1))
+            manifest.compact(str(tmp_path))
         ended.set()
 
     thread = threading.Thread(target=churn)
@@ -182,28 +184,28 @@ def test_readers_see_whole_tables_while_records_are_compacted(tmp_path: Path) ->
 
 
 def test_another_job_is_refused_with_the_difference_named(tmp_path: Path) -> None:
-    table.claim(str(tmp_path), SPEC)
+    manifest.claim(str(tmp_path), SPEC)
     moved = dataclasses.replace(SPEC, tower=dataclasses.replace(TOWER, model="elsewhere/toy"))
-    assert table.claim(str(tmp_path), moved) == SPEC
+    assert manifest.claim(str(tmp_path), moved) == SPEC
     other = dataclasses.replace(FUSED, tower=dataclasses.replace(TOWER, precision="bf16"))
-    with pytest.raises(table.TableError, match=r"(?s)fuser: .*concat.*tower.precision: 'bf16' here, 'fp32' there"):
-        table.claim(str(tmp_path), other)
+    with pytest.raises(TableError, match=r"(?s)fuser: .*concat.*tower.precision: 'bf16' here, 'fp32' there"):
+        manifest.claim(str(tmp_path), other)
 
 
 def test_a_folder_with_other_files_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"x")
-    with pytest.raises(table.TableError, match=r"holiday\.jpg"):
-        table.claim(str(tmp_path), SPEC)
+    with pytest.raises(TableError, match=r"holiday\.jpg"):
+        manifest.claim(str(tmp_path), SPEC)
 
 
 def test_no_table_damaged_manifest_and_other_version_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(table.TableError, match=r"no table\.json"):
+    with pytest.raises(TableError, match=r"no table\.json"):
         table.Table.open(str(tmp_path))
     write_unit(tmp_path, toy_unit(), range(3))
     record = tmp_path / "manifest" / "shard-0123456789ab.json"
     whole = record.read_bytes()
     record.write_bytes(whole[:50])
-    with pytest.raises(table.TableError, match=r"damaged manifest files .*shard-0123456789ab\.json"):
+    with pytest.raises(TableError, match=r"damaged manifest files .*shard-0123456789ab\.json"):
         table.Table.open(str(tmp_path))
     record.write_bytes(whole.replace(b'"schema_version":"1.', b'"schema_version":"2.'))
     with pytest.raises(SchemaMismatch, match=r"'2\.\d'; this release reads 1\.x"):
@@ -229,22 +231,22 @@ def test_verify_names_what_is_wrong(tmp_path: Path, harm, finding: str) -> None:
     record = write_unit(tmp_path, toy_unit("bad-1", "/bad.tar"), range(50), dead=[1])
     assert record.features
     harm(tmp_path / record.features.path)
-    findings = table.verify(str(tmp_path))
+    findings = verify.findings(str(tmp_path))
     assert [found.unit for found in findings] == ["bad-1"]
     assert finding in findings[0].what
 
 
 def test_verify_finds_vectors_that_contradict_their_flags(tmp_path: Path) -> None:
-    table.claim(str(tmp_path), SPEC)
-    with table.UnitWriter(str(tmp_path), SPEC, toy_unit()) as writer:
+    manifest.claim(str(tmp_path), SPEC)
+    with UnitWriter(str(tmp_path), SPEC, toy_unit()) as writer:
         writer.write(toy_batch(range(5), has_text=[True, True, False, True, True]))
         writer.commit()
-    assert "text_embedding: row 2 of the part has length 1.0" in table.verify(str(tmp_path))[0].what
+    assert "text_embedding: row 2 of the part has length 1.0" in verify.findings(str(tmp_path))[0].what
 
 
 def test_wrong_columns_are_refused_before_they_are_written(tmp_path: Path) -> None:
-    table.claim(str(tmp_path), SPEC)
-    with table.UnitWriter(str(tmp_path), SPEC, toy_unit()) as writer, pytest.raises(SchemaMismatch):
+    manifest.claim(str(tmp_path), SPEC)
+    with UnitWriter(str(tmp_path), SPEC, toy_unit()) as writer, pytest.raises(SchemaMismatch):
         writer.write(toy_batch(range(3), FUSED))
     assert visible(tmp_path) == ["table.json"]
 
@@ -266,7 +268,7 @@ def test_a_part_that_cannot_be_published_leaves_no_trace(tmp_path: Path, monkeyp
     def full(self: files.PendingFile, name: str) -> None:
         raise OSError(28, "No space left on device")
 
-    table.claim(str(tmp_path), SPEC)
+    manifest.claim(str(tmp_path), SPEC)
     monkeypatch.setattr(files.PendingFile, "publish", full)
     with pytest.raises(OSError, match="No space left"):
         write_unit(tmp_path, toy_unit(), range(3))
@@ -303,15 +305,15 @@ def test_a_brief_manifest_lacks_only_what_units_cost(tmp_path: Path) -> None:
     for number in range(3):
         record = write_unit(tmp_path, toy_unit(f"u{number}"), range(4), [3])
         cost = {"seconds": {"unit": 1.5}, "versions": {"python": "3"}, "finished_at": "2026-11-21T00:00:00+00:00"}
-        table.write_record(str(tmp_path), msgspec.structs.replace(record, **cost))
-    full = table.read_manifest(str(tmp_path))
+        manifest.write_record(str(tmp_path), msgspec.structs.replace(record, **cost))
+    full = manifest.read(str(tmp_path))
     for _ in range(2):  # of single records, and of a snapshot
-        brief = table.read_manifest(str(tmp_path), brief=True)
+        brief = manifest.read(str(tmp_path), brief=True)
         assert brief.by_unit.keys() == full.by_unit.keys()
         for unit, record in full.by_unit.items():
             assert record.seconds and record.versions
             assert brief.by_unit[unit] == msgspec.structs.replace(record, seconds={}, versions={}, finished_at="")
-        table.compact(str(tmp_path))
+        manifest.compact(str(tmp_path))
 
 
 def test_a_part_that_is_not_what_its_record_says_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -322,19 +324,19 @@ def test_a_part_that_is_not_what_its_record_says_is_named_when_it_is_read(tmp_pa
     opened = table.Table.open(str(tmp_path))
 
     def refuse(why: str) -> None:
-        with pytest.raises(table.TableError, match=f"{record.features.path} is damaged .*{why}.*--repair"):  # type: ignore[union-attr]
+        with pytest.raises(TableError, match=f"{record.features.path} is damaged .*{why}.*--repair"):  # type: ignore[union-attr]
             list(opened.scan())
 
     pq.write_table(whole.slice(0, 19), part)
     refuse("19 rows, recorded 20")
     pq.write_table(whole.rename_columns(["kex", *whole.column_names[1:]]), part)
     refuse("columns are not those of the table")
-    with pytest.raises(table.TableError, match="columns are not"):
+    with pytest.raises(TableError, match="columns are not"):
         opened.take([3])
     part.write_bytes(b"PAR1 this is no part PAR1")
     refuse("")
     pq.write_table(pa.table({"key": ["k20"]}), letters)
-    with pytest.raises(table.TableError, match="not the columns of dead letters"):
+    with pytest.raises(TableError, match="not the columns of dead letters"):
         opened.dead_letters()
 
 
@@ -343,7 +345,7 @@ def test_bytes_that_are_no_json_are_a_damaged_record(tmp_path: Path, harm: bytes
     write_unit(tmp_path, toy_unit(), range(3))
     (path,) = (tmp_path / "manifest").iterdir()
     path.write_bytes(harm)
-    with pytest.raises(table.TableError, match="damaged"):
+    with pytest.raises(TableError, match="damaged"):
         table.Table.open(str(tmp_path))
 
 
@@ -354,5 +356,5 @@ def test_no_record_names_a_file_outside_of_its_table(tmp_path: Path, path: str) 
     record = json.loads(place.read_bytes())
     record["features"]["path"] = path
     place.write_text(json.dumps(record))
-    with pytest.raises(table.TableError, match="damaged"):
+    with pytest.raises(TableError, match="damaged"):
         table.Table.open(str(tmp_path))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_core import examples, fusers, training
+from fusion_core import examples, fusers, judging, training
 from fusion_core.examples import TrainError
 from fusion_core.labels import BadLabels
 from fusion_core.table import Table
@@ -257,7 +257,7 @@ def test_views_are_joined_by_key_and_keys_that_stand_twice_are_left_out(tmp_path
 def test_ranks_count_ties_and_what_is_no_vector_against_us() -> None:
     gallery = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
     queries = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [np.nan, 0, 0, 0], [0, 0, 0, 1]], np.float32)
-    assert training.ranks(queries, gallery, np.array([0, 2, 3, 3, 3])).tolist() == [2, 1, 4, 4, 4]
+    assert judging.ranks(queries, gallery, np.array([0, 2, 3, 3, 3])).tolist() == [2, 1, 4, 4, 4]
 
 
 def test_sums_of_scores_rank_as_the_sums(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,20 +265,20 @@ def test_sums_of_scores_rank_as_the_sums(world: Path, monkeypatch: pytest.Monkey
     found = examples.gather(whole, QUICK, [moody], "", "")
     found.has_image[::7], found.has_text[::5] = False, False
     rows = np.flatnonzero(found.split(0) == examples.TEST)
-    monkeypatch.setattr(training, "_JUDGED_AT_ONCE", 100)
-    for weight, places in training.ranks_of_sums(found, rows).items():
-        fused = training.retrieved(found, rows, training.weighted_sum(weight, found.dim), "image")
+    monkeypatch.setattr(judging, "_JUDGED_AT_ONCE", 100)
+    for weight, places in judging.ranks_of_sums(found, rows).items():
+        fused = judging.retrieved(found, rows, judging.weighted_sum(weight, found.dim), "image")
         assert (places != fused).mean() < 0.02 and np.abs(places - fused).max() <= 1, "but for the last bit of a score"
 
 
 def test_the_interval_of_a_difference_is_drawn_by_groups() -> None:
     rng = np.random.default_rng(5)
     gains = rng.choice([-1.0, 0, 1], 400, p=[0.1, 0.6, 0.3])
-    mean, low, high = training.bootstrap(gains, np.arange(400), 0)
+    mean, low, high = judging.bootstrap(gains, np.arange(400), 0)
     assert mean == pytest.approx(gains.mean())
     half = 1.96 * gains.std() / 20
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
-    fourfold = training.bootstrap(np.tile(gains, 4), np.tile(np.arange(400), 4), 0)
+    fourfold = judging.bootstrap(np.tile(gains, 4), np.tile(np.arange(400), 4), 0)
     assert fourfold == pytest.approx((mean, low, high))  # copies make nothing more certain
 
 

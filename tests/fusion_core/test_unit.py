@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusion_core import fusers, kept, shards, table, towers, unit
+from fusion_core import fusers, kept, manifest, shards, table, towers, unit, verify
 from fusion_core.demo import shards as demo_shards
 from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
 from schemas.samples import DeadLetter, Sample
@@ -28,7 +28,7 @@ SPEC = TableSpec(MODEL.spec, InputSpec(), fusers.parse("concat", MODEL.spec.embe
 
 
 def embed(shard: Path, place: Path, previous: ManifestRecord | None = None, spec: TableSpec = SPEC) -> ManifestRecord:
-    table.claim(str(place), spec)
+    manifest.claim(str(place), spec)
     (planned,) = shards.plan([str(shard)], spec.input)
     return unit.run_unit(unit.Work(planned, previous), str(place), spec, MODEL)
 
@@ -92,7 +92,7 @@ def test_rows_may_lack_a_modality(tmp_path: Path) -> None:
     for name, flag in (("image_embedding", "has_image"), ("text_embedding", "has_text")):
         filled = table.to_numpy(rows[name].combine_chunks()).any(axis=1)
         assert filled.tolist() == rows[flag].to_pylist()
-    assert table.verify(str(tmp_path / "table")) == []
+    assert verify.findings(str(tmp_path / "table")) == []
 
 
 def test_broken_samples_cost_their_neighbours_nothing(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_damaged_earlier_part_is_not_believed(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     second = embed(shard, tmp_path / "table", first)
     assert (second.rows_reused, second.features) == (0, first.features)
-    assert table.verify(str(tmp_path / "table")) == []
+    assert verify.findings(str(tmp_path / "table")) == []
 
 
 class Killed(BaseException):
@@ -208,7 +208,7 @@ def test_the_batch_size_does_not_change_the_rows(tmp_path: Path) -> None:
     (planned,) = shards.plan([str(shard)], SPEC.input)
     for batch in (7, 64):
         place = str(tmp_path / str(batch))
-        table.claim(place, SPEC)
+        manifest.claim(place, SPEC)
         unit.run_unit(unit.Work(planned), place, SPEC, MODEL, batch)
     assert_same_rows(rows_of(tmp_path / "7"), rows_of(tmp_path / "64"))
 
@@ -293,7 +293,7 @@ def test_equal_images_and_captions_are_embedded_once(tmp_path: Path, monkeypatch
     rows = rows_of(tmp_path / "table")
     vectors = table.to_numpy(rows["image_embedding"].combine_chunks())
     np.testing.assert_array_equal(vectors[:7], vectors[7:14])
-    assert table.verify(str(tmp_path / "table")) == []
+    assert verify.findings(str(tmp_path / "table")) == []
 
 
 def test_decoding_ahead_in_threads_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import adopt, build, fields, fusers, images, index, readers, shards, table, unit
+from fusion_core import adopt, build, fields, fusers, images, index, manifest, readers, shards, table, unit, verify
+from schemas.errors import TableError
 from schemas.feature_table import InputSpec, Preprocess
 from schemas.records import SchemaMismatch
 from schemas.samples import ERRORS, DeadLetter, Sample
@@ -160,18 +161,18 @@ def feature_table(scratch: Path) -> Door:
         unit = toy_unit(f"unit-{number:012d}", f"/data/{number}.tar")
         write_unit(place, unit, range(5), dead=[5, 6])
         if number == 1:
-            table.compact(str(place))
+            manifest.compact(str(place))
     whole = _folder(place)
 
     def enter(folder: Path, name: str, data: bytes) -> None:
         copy = _instead(whole, folder, name, data)
-        table.verify(copy)
+        verify.findings(copy)
         opened = table.Table.open(copy)
         assert opened.num_rows == sum(batch.num_rows for batch in opened.scan())
         opened.dead_letters()
         opened.sample(2)
 
-    return Door(whole, enter, (table.TableError, SchemaMismatch, OSError))
+    return Door(whole, enter, (TableError, SchemaMismatch, OSError))
 
 
 def fuser(scratch: Path) -> Door:
@@ -236,7 +237,7 @@ def embeddings(scratch: Path) -> Door:
 
     def enter(folder: Path, name: str, data: bytes) -> None:
         (triple,) = adopt.find(_instead(whole, folder / "in", name, data))
-        table.claim(str(folder / "out"), spec)
+        manifest.claim(str(folder / "out"), spec)
         record = adopt.adopt(triple, unit.Work(triple.unit), str(folder / "out"), spec)
         assert record.rows_in == triple.unit.rows == record.rows_out + record.rows_dead
 

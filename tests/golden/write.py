@@ -6,7 +6,7 @@ Files of a version that was released are never written again: later releases mus
 import shutil
 from pathlib import Path
 
-from fusion_core import build, fusers, table
+from fusion_core import build, fusers, manifest, table
 from schemas import records
 from schemas.feature_table import TableSpec
 from tests.corpora import SPEC, TOWER, toy_unit, write_unit
@@ -24,7 +24,7 @@ def main() -> None:
     place = folder / "table"
     write_unit(place, toy_unit("a-000000000001", "/data/a.tar"), [0, 1, 2, 4], dead=[3], spec=spec)
     write_unit(place, toy_unit("b-000000000002", "/data/b.tar"), [0, 1, 2], spec=spec)
-    table.compact(str(place))
+    manifest.compact(str(place))
     write_unit(place, toy_unit("c-000000000003", "/data/c.tar"), [0, 1], spec=spec)
     build.build(table.Table.open(str(place)), str(folder / "index"))
     fusers.save(fuser, str(folder / "fuser"))

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fusion_core import table, towers
+from fusion_core import manifest, table, towers, verify
 from fusion_core.demo.shards import write_shards
 
 pytestmark = pytest.mark.flink
@@ -82,7 +82,7 @@ def command(folder: Path, output: str, beam_options: list[str] | None = None) ->
 
 
 def recorded(place: Path) -> int:
-    return len(table.read_manifest(str(place)).live)
+    return len(manifest.read(str(place)).live)
 
 
 def interrupt(run: "subprocess.Popen[str]", place: Path, what: Callable[[], None]) -> None:
@@ -101,7 +101,7 @@ def assert_same_table(folder: Path, output: str, expected: str = "local") -> Non
     assert pa.Table.from_batches(found.scan()).equals(pa.Table.from_batches(local.scan()))
     assert found.dead_letters().equals(local.dead_letters())
     assert [part.path for part in found.parts] == [part.path for part in local.parts]
-    assert table.verify(str(folder / output)) == []
+    assert verify.findings(str(folder / output)) == []
 
 
 def test_the_table_is_the_local_runners(cluster: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion_core import index, search, towers
-from pipelines import serve
+from pipelines import guard, serve
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Client:
 
 @contextmanager
 def serving(
-    searcher: search.Searcher, limits: serve.Limits | None = None, token: str = "", port: int = 0
+    searcher: search.Searcher, limits: guard.Limits | None = None, token: str = "", port: int = 0
 ) -> Iterator[Client]:
     """A server on a loopback port until the block ends."""
     listening, hosts = serve.bind("127.0.0.1", port, token)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fusion_core import files, index, opt_out, search, table, towers
+from fusion_core import files, index, manifest, opt_out, search, table, towers, verify
 from pipelines import cli
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
 from tests.fusion_core.test_towers import VIT, save_random_model
@@ -59,11 +59,11 @@ def assert_same_tables(found: Path, expected: Path, counts: tuple[str, ...] = (*
     assert read(found).equals(read(expected))
     assert ours.dead_letters().equals(theirs.dead_letters())
     assert [part.path for part in ours.parts] == [part.path for part in theirs.parts]
-    assert set(table.list_parts(str(found))) == set(table.list_parts(str(expected)))
+    assert set(manifest.list_parts(str(found))) == set(manifest.list_parts(str(expected)))
     for ours_, theirs_ in zip(ours.records, theirs.records, strict=True):
         assert [getattr(ours_, name) for name in counts] == [getattr(theirs_, name) for name in counts]
         assert ours_.rows_in == ours_.rows_out + ours_.rows_dead + ours_.rows_opted_out
-    assert table.verify(str(found)) == []
+    assert verify.findings(str(found)) == []
 
 
 def holding(folder: Path, texts: list[bytes]) -> list[str]:
@@ -189,7 +189,7 @@ def test_a_unit_that_cannot_be_searched_for_listed_keys_fails_the_run(
     assert run("--opt-out", keys) == cli.FAILED
     said = capsys.readouterr().err
     assert "00000.tar: not held against the opt-out list" in said and "1 of 2 units failed" in said
-    assert table.read_runs(str(tmp_path / "table"))[-1].state == "failed"
+    assert manifest.read_runs(str(tmp_path / "table"))[-1].state == "failed"
     part.write_bytes(data)
     assert run("--opt-out", keys) == cli.DONE
     assert {"000001", "000013"}.isdisjoint(read(tmp_path / "table")["key"].to_pylist())
@@ -346,7 +346,7 @@ def test_another_text_tower_embeds_captions_from_the_table_alone(
     summed = np.add(*(side.astype(np.float64) for side in sides))
     norms = np.linalg.norm(summed, axis=1, keepdims=True)  # 0 where a sample has neither
     np.testing.assert_allclose(fused, summed / np.maximum(norms, 1e-9), atol=1e-3)
-    assert table.verify(place) == []
+    assert verify.findings(place) == []
     spec = table.Table.open(place).spec
     assert spec.text_tower and (spec.tower.model, spec.text_tower.model) == (towers.DEMO, model)
     assert spec.backbone not in (spec.tower.backbone, spec.text_tower.backbone)

@@ -21,7 +21,7 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from safetensors.numpy import load_file, save_file
 
-from fusion_core import files, shards, table, towers, unit
+from fusion_core import files, manifest, shards, table, towers, unit, verify
 from pipelines import change, cli, deal, embed, plan, runner, workers
 from schemas.feature_table import TableSpec
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
@@ -163,7 +163,7 @@ def test_a_unit_that_fails_does_not_take_its_neighbours_along(
     assert "00001.tar: OSError: [Errno 5] Input/output error" in said.err
     assert "1 of 3 units failed; run the same command again to go on" in said.err
     assert read(tmp_path / "table").num_rows == 40
-    runs = table.read_runs(str(tmp_path / "table"))
+    runs = manifest.read_runs(str(tmp_path / "table"))
     assert (runs[-1].state, runs[-1].units_done, runs[-1].units_failed) == ("failed", 2, 1)
     monkeypatch.undo()
     assert run() == 0
@@ -281,9 +281,9 @@ def test_what_a_run_left_that_died_while_it_took_a_unit_out_is_repaired(tmp_path
     assert run("--remove-missing", "50%") == 0
     for name, data in kept.items():
         (place / "features" / name).write_bytes(data)
-    assert len(table.verify(str(place))) == 1
+    assert len(verify.findings(str(place))) == 1
     assert cli.main(["verify", str(place), "--repair"]) == 0
-    assert table.verify(str(place)) == [] and read(place).num_rows == 2
+    assert verify.findings(str(place)) == [] and read(place).num_rows == 2
 
 
 @pytest.mark.parametrize("command", ["embed", "verify"])
@@ -294,7 +294,7 @@ def test_a_damaged_record_that_no_shard_makes_anew_goes(tmp_path: Path, run: Run
     (place / "manifest" / "gone-0123456789ab.json").write_text('{"unit": ')
     assert cli.main(["verify", str(place)]) == 1
     assert (run() if command == "embed" else cli.main(["verify", str(place), "--repair"])) == 0
-    assert table.verify(str(place)) == [] and read(place).num_rows == 2
+    assert verify.findings(str(place)) == [] and read(place).num_rows == 2
 
 
 def test_a_retry_that_fails_says_so(
@@ -368,8 +368,8 @@ def test_parquet_without_images_lists_its_columns(tmp_path: Path, run: Run, caps
 def test_status_of_a_run_whose_launcher_died(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     corpus(tmp_path, shards=2)
     assert run() == 0
-    (record,) = table.read_runs(str(tmp_path / "table"))
-    table.write_run(str(tmp_path / "table"), dataclasses.replace(record, state="running", pid=2**22 + 1))
+    (record,) = manifest.read_runs(str(tmp_path / "table"))
+    manifest.write_run(str(tmp_path / "table"), dataclasses.replace(record, state="running", pid=2**22 + 1))
     capsys.readouterr()
     assert cli.main(["status", str(tmp_path / "table"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -382,7 +382,7 @@ def test_status_of_a_run_whose_launcher_died(tmp_path: Path, run: Run, capsys: p
 def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*pairs(9), ("bad.jpg", b""), ("bad.txt", b"x")])
     spec = TableSpec(towers.load(towers.DEMO).spec)
-    job = change.Job(str(tmp_path / "table"), table.claim(str(tmp_path / "table"), spec))
+    job = change.Job(str(tmp_path / "table"), manifest.claim(str(tmp_path / "table"), spec))
     planned = plan.compare(lambda: shards.plan([str(tmp_path / "a.tar")], spec.input), job.output, spec)
     knobs = runner.Knobs(workers=2)
     pipeline = beam.Pipeline(options=PipelineOptions(runner.local_runner(knobs, [])))
@@ -400,7 +400,7 @@ def test_a_run_that_dies_between_part_and_record_is_cleaned_up_by_the_next(tmp_p
     whole = parts(tmp_path / "table")
     place = tmp_path / "table"
     (record,) = [r for r in table.Table.open(str(place)).records if r.unit.id.startswith("00001")]
-    table.remove_unit(str(place), record)  # as if its record had never been written …
+    manifest.remove_unit(str(place), record)  # as if its record had never been written …
     (place / "features" / f"{record.unit.id}-0123456789abcdef.parquet").write_bytes(b"half a part")  # … but a part had
     assert run() == 0
     assert parts(place) == whole

@@ -17,8 +17,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_core import table
+from fusion_core import manifest, table
 from fusion_core.export import _NAME, BadExport, write
+from fusion_core.writer import UnitWriter
 from pipelines import cli
 from tests.corpora import SPEC, pairs, photo, toy_batch, toy_unit, toy_vectors, write_tar, write_unit
 
@@ -57,11 +58,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> table.Table:
     for name, row in (("image_embedding", 6), ("text_embedding", 3)):
         given[name] = table.to_arrow(absent(toy_vectors(range(10), 16, name), [row]), kind)
     place = folder / "table"
-    table.claim(str(place), SPEC)
+    manifest.claim(str(place), SPEC)
     for start, stop in ((0, 4), (4, 10)):
         part = {name: value[start:stop] for name, value in given.items()}
         unit = toy_unit(f"unit-{start:012d}", str(shard))
-        with table.UnitWriter(str(place), SPEC, unit) as out:
+        with UnitWriter(str(place), SPEC, unit) as out:
             out.write(toy_batch(range(stop - start), SPEC, str(shard), **part))
             out.commit()
     return table.Table.open(str(place))

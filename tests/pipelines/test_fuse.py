@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fusion_core import files, fusers, index, search, table, towers
+from fusion_core import files, fusers, index, manifest, search, table, towers, verify
 from fusion_core.search import WrongSpace
 from pipelines import cli
 from tests.corpora import SPEC, TOWER, photo, toy_unit, untrained_fuser, write_scene_index, write_unit, write_vectors
@@ -61,10 +61,10 @@ def test_a_fused_table_is_the_table_and_its_fused_vectors(tmp_path: Path, fuse: 
     np.testing.assert_allclose(vectors(fused, "fusion_weights"), weights, atol=1e-3)
     opened = table.Table.open(str(tmp_path / "fused"))
     assert opened.dead_letters().equals(table.Table.open(str(tmp_path / "table")).dead_letters())
-    assert table.verify(opened.place) == [] and cli.main(["verify", opened.place]) == cli.DONE
+    assert verify.findings(opened.place) == [] and cli.main(["verify", opened.place]) == cli.DONE
     (tmp_path / "fused" / "fusers" / opened.spec.fuser.fingerprint[:16] / fusers.TENSORS).write_bytes(b"x")  # type: ignore[union-attr]
     fusers._kept.cache_clear()
-    assert len(table.verify(opened.place)) == 1
+    assert len(verify.findings(opened.place)) == 1
 
 
 def test_formulas_fuse_too_and_a_fused_table_can_be_fused_anew(tmp_path: Path, fuse: Fuse) -> None:
@@ -98,18 +98,18 @@ def test_it_resumes_and_follows_its_source(
     assert fuse() == cli.DONE and parts(tmp_path / "fused") == after
     assert "0 units done, 3 stood already" in capsys.readouterr().out
 
-    source = table.read_manifest(str(tmp_path / "table")).by_unit
+    source = manifest.read(str(tmp_path / "table")).by_unit
     write_unit(
         tmp_path / "table", toy_unit("b-000000000002", "/data/b.tar"), range(5), previous=source["b-000000000002"]
     )
     write_unit(tmp_path / "table", toy_unit("d-000000000004", "/data/d.tar"), range(2))
-    table.remove_unit(str(tmp_path / "table"), source["a-000000000001"])
+    manifest.remove_unit(str(tmp_path / "table"), source["a-000000000001"])
     assert fuse() == cli.DONE
     assert "2 units done, 1 stood already" in capsys.readouterr().out
     fused = read(tmp_path / "fused")
     assert fused.drop(["fused_embedding"]).equals(read(tmp_path / "table"))
     assert {name[:2] for name in parts(tmp_path / "fused")} == {"b-", "c-", "d-"}
-    assert table.verify(str(tmp_path / "fused")) == []
+    assert verify.findings(str(tmp_path / "fused")) == []
 
 
 def test_what_cannot_be_is_refused_before_work(tmp_path: Path, fuse: Fuse, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fusion_core import adopt, table, towers
+from fusion_core import adopt, manifest, table, towers, verify
 from pipelines import cli
 from tests.corpora import photo, write_scene_table, write_triple
 
@@ -125,7 +125,7 @@ def test_it_resumes_and_follows_its_folder(
     assert bring(grown, place) == cli.DONE
     assert "3 units done, 7 stood already" in capsys.readouterr().out
     assert lost in parts(place) and len(parts(place)) == 10
-    assert table.verify(str(place)) == []
+    assert verify.findings(str(place)) == []
     found = rows(place)
     of_two = [name.endswith("metadata_02.parquet") for name in found["shard"].to_pylist()]
     np.testing.assert_array_equal(table.to_numpy(found["image_embedding"].combine_chunks())[of_two], changed[::-1])
@@ -157,8 +157,8 @@ def test_listed_keys_and_files_that_are_gone_leave_the_table(
     assert "3 of its 4 keys found" in said and "found in no unit of the table, e.g. nobody" in said
     assert rows(place).equals(rows(fresh))
     assert rows(place)["key"].to_pylist() == [key for key in keys[:-3] if key not in (keys[0], keys[10])]
-    assert set(table.list_parts(str(place))) == set(table.list_parts(str(fresh)))
-    assert table.verify(str(place)) == table.verify(str(fresh)) == []
+    assert set(manifest.list_parts(str(place))) == set(manifest.list_parts(str(fresh)))
+    assert verify.findings(str(place)) == verify.findings(str(fresh)) == []
     assert bring(left, place) == cli.USAGE
     assert "was made with an opt-out list: give it again" in capsys.readouterr().err
     assert bring(left, place, towers.DEMO, "--opt-out", "none") == cli.DONE
@@ -192,7 +192,7 @@ def test_the_wrong_model_is_found_out(folder: Path, tmp_path: Path, capsys: pyte
     fuse = ["fuse", str(tmp_path / "table"), "--text-model", towers.DEMO, "--output", str(fused), "--device", "cpu"]
     assert cli.main([*fuse, "--quiet"]) == cli.DONE
     assert all(rows(fused)["has_text"].to_pylist()) and rows(fused)["similarity"].null_count == 0
-    assert table.verify(str(fused)) == []
+    assert verify.findings(str(fused)) == []
 
 
 def test_what_needs_the_pictures_is_refused(
@@ -215,5 +215,5 @@ def test_what_needs_the_pictures_is_refused(
     next((place / "features").iterdir()).write_bytes(b"damaged")
     assert cli.main(["verify", str(place), "--repair"]) == cli.USAGE
     assert "run `fusion import` again" in capsys.readouterr().err
-    assert bring(folder, place) == cli.DONE and table.verify(str(place)) == []
+    assert bring(folder, place) == cli.DONE and verify.findings(str(place)) == []
     assert list(parts(place)) == list(before)

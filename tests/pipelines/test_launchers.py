@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core import files, shards, table, towers
+from fusion_core import files, manifest, shards, table, towers, verify
 from pipelines import cli, workers
 from schemas.feature_table import InputSpec
 from tests.corpora import pairs, write_tar
@@ -34,7 +34,7 @@ def parts(place: Path) -> dict[str, bytes]:
 
 
 def records(place: Path) -> set[str]:
-    return set(table.read_manifest(str(place)).by_unit) if place.exists() else set()
+    return set(manifest.read(str(place)).by_unit) if place.exists() else set()
 
 
 def test_launchers_at_once_make_one_table_and_a_dead_one_is_made_good(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_launchers_at_once_make_one_table_and_a_dead_one_is_made_good(tmp_path: 
     assert whole - theirs <= records(place) < whole
     assert cli.main(command(tmp_path, "many", *share(victim))) == 0
     assert parts(place) == parts(tmp_path / "one")
-    assert table.verify(str(place)) == []
+    assert verify.findings(str(place)) == []
     opened, alone = (table.Table.open(str(folder)) for folder in (place, tmp_path / "one"))
     assert [part.sha256 for part in opened.parts] == [part.sha256 for part in alone.parts]
     assert opened.num_rows == SHARDS * EACH
@@ -86,9 +86,9 @@ def test_a_unit_is_tried_again_when_storage_stumbles(
     monkeypatch.setattr(files, "open_input", _failing(files.open_input, "00001.tar", 2, errno.EIO))
     monkeypatch.setattr(files.PendingFile, "publish", _failing(files.PendingFile.publish, "features/00002", 1, None))
     assert cli.main(command(tmp_path, "table")) == 0
-    (run,) = table.read_runs(str(tmp_path / "table"))
+    (run,) = manifest.read_runs(str(tmp_path / "table"))
     assert (run.units_done, run.units_failed, run.samples_done) == (3, 0, 15), "samples of a failed try count once"
-    assert table.verify(str(tmp_path / "table")) == []
+    assert verify.findings(str(tmp_path / "table")) == []
 
     monkeypatch.setattr(files, "open_input", _failing(files.open_input, "00000.tar", 3, errno.EIO))
     assert cli.main(command(tmp_path, "always")) == 1

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pytest
 from torch.utils.data import DataLoader
 
-from fusion_core import dedup, files, index, lock, search, table, towers, versions
+from fusion_core import dedup, files, index, lock, manifest, search, table, towers, verify, versions
 from fusion_core.feed import Feed
 from pipelines import cli, schedule
 from tests.corpora import assert_same_rows, pairs, photo, write_tar
@@ -197,7 +197,7 @@ def test_it_feeds_training_and_moves_to_clip_retrieval_and_back(store: Path) -> 
     assert cli.main([*bring, "--device", "cpu", "--quiet"]) == 0
     for name in ("key", "caption", "image_embedding", "text_embedding"):
         assert rows("s3://corpus/feed/back")[name].equals(rows(there)[name])
-    assert table.verify("s3://corpus/feed/back") == []
+    assert verify.findings("s3://corpus/feed/back") == []
 
 
 def test_a_key_is_taken_as_it_is(store: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_key_is_taken_as_it_is(store: Path) -> None:
     assert embed("s3://corpus/odd/*.tar", "s3://corpus/odd table") == 0
     found = rows("s3://corpus/odd table")
     assert set(found["shard"].to_pylist()) == {f"s3://corpus/{name}"} and found.num_rows == 12
-    assert table.verify("s3://corpus/odd table") == []
+    assert verify.findings("s3://corpus/odd table") == []
 
 
 @pytest.mark.slow
@@ -222,12 +222,12 @@ def test_a_killed_run_repeated_gives_the_same_table(store: Path) -> None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     assert INSIDE.encode() not in run.communicate()[1]
-    before = table.read_manifest(place).by_unit
+    before = manifest.read(place).by_unit
     assert 1 <= len(before) <= 3
     assert embed("s3://corpus/shards/shards-00{0,1,3}.tar", place) == 0
-    after = table.read_manifest(place).by_unit
+    after = manifest.read(place).by_unit
     assert all(after[unit] == record for unit, record in before.items()), "what was recorded was done again"
-    assert table.verify(place) == []
+    assert verify.findings(place) == []
     assert rows(place).num_rows == 36
 
 

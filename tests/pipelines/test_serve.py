@@ -25,7 +25,7 @@ from PIL import Image
 from fusion_core import search, table
 from fusion_core.demo import shards as demo_shards
 from fusion_core.search import Query, Searcher
-from pipelines import cli, serve
+from pipelines import cli, guard, serve
 from tests.corpora import HTML_CAPTION, photo, write_scene_index
 from tests.pipelines.serving import Answer, Client, open_searcher, serving
 
@@ -287,7 +287,7 @@ def test_concurrent_queries_share_forwards_and_get_their_own_answers(slow: Slow,
     texts = [f"{number} {colour} {shape}" for number in ("one", "two") for colour in ("red", "blue", "green")
              for shape in ("star", "ring", "square", "cross")]  # fmt: skip
     paths = [f"/search?text={text.replace(' ', '+')}&k={k}" for k, text in enumerate(texts, 1)]
-    with serving(slow, serve.Limits(batch=16)) as crowded, ThreadPoolExecutor(len(paths)) as pool:
+    with serving(slow, guard.Limits(batch=16)) as crowded, ThreadPoolExecutor(len(paths)) as pool:
         started = time.perf_counter()
         answers = list(pool.map(crowded.get, paths))
         seconds = time.perf_counter() - started
@@ -305,7 +305,7 @@ def test_concurrent_queries_share_forwards_and_get_their_own_answers(slow: Slow,
 
 def test_a_request_that_takes_too_long_gets_an_answer(slow: Slow) -> None:
     slow.seconds = 1.0
-    with serving(slow, serve.Limits(seconds=0.2)) as client:
+    with serving(slow, guard.Limits(seconds=0.2)) as client:
         answer = client.get("/search?text=x")
         assert_told(answer, 503, "0.2 seconds")
         assert answer.headers["retry-after"] == "1"
@@ -313,7 +313,7 @@ def test_a_request_that_takes_too_long_gets_an_answer(slow: Slow) -> None:
 
 
 def test_a_body_that_comes_too_slowly_is_given_up(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(seconds=0.2)) as client:
+    with serving(searcher, guard.Limits(seconds=0.2)) as client:
         assert_told(answer_on(raw(client, HALF + b"{")), 408, "0.2 seconds")
 
 
@@ -338,14 +338,14 @@ HALF = (b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(seconds=0.3)) as client:
+    with serving(searcher, guard.Limits(seconds=0.3)) as client:
         with raw(client) as silent:
             assert silent.recv(100) == b""
         assert_told(answer_on(raw(client, b"GET /health HTTP/1.1\r\nHost: local")), 408, "0.3 seconds")
 
 
 def test_clients_that_are_still_sending_keep_nobody_waiting(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(waiting=2)) as client:
+    with serving(searcher, guard.Limits(waiting=2)) as client:
         slow = [raw(client, HALF + b"{") for _ in range(6)]
         assert client.get("/search?text=x&k=1").status == 200
         for connection in slow:
@@ -353,7 +353,7 @@ def test_clients_that_are_still_sending_keep_nobody_waiting(searcher: Searcher) 
 
 
 def test_the_longest_waiting_connection_makes_room(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(connections=3, seconds=30)) as client:
+    with serving(searcher, guard.Limits(connections=3, seconds=30)) as client:
         slow = []
         for _ in range(3):
             slow.append(raw(client, HALF))
@@ -368,7 +368,7 @@ def test_the_longest_waiting_connection_makes_room(searcher: Searcher) -> None:
 
 
 def test_bodies_that_wait_have_a_limit_together(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(held_bytes=100_000)) as client:
+    with serving(searcher, guard.Limits(held_bytes=100_000)) as client:
         first = raw(client, HALF + b'{"text":"x","k":1}'.ljust(80_000))
         time.sleep(0.2)
         assert_told(answer_on(raw(client, HALF + b" " * 80_000)), 503, "memory")
@@ -378,7 +378,7 @@ def test_bodies_that_wait_have_a_limit_together(searcher: Searcher) -> None:
 
 
 def test_who_does_not_take_the_answers_loses_the_connection(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(seconds=0.3)) as client, raw(client) as deaf:
+    with serving(searcher, guard.Limits(seconds=0.3)) as client, raw(client) as deaf:
         asked = 3000
         with suppress(OSError):
             deaf.settimeout(1)
@@ -431,7 +431,7 @@ def test_who_goes_while_sending_is_no_fault_of_ours(client: Client, caplog: pyte
 
 def test_more_requests_than_may_wait_are_sent_away(slow: Slow) -> None:
     slow.seconds = 0.5
-    with serving(slow, serve.Limits(waiting=2)) as client, ThreadPoolExecutor(8) as pool:
+    with serving(slow, guard.Limits(waiting=2)) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(client.get, ["/search?text=x&k=1"] * 8))
         assert client.get("/search?text=x").status == 200
     refused = [answer for answer in answers if answer.status != 200]
@@ -451,7 +451,7 @@ def test_a_query_that_breaks_fails_alone(slow: Slow, caplog: pytest.LogCaptureFi
 
 
 def test_bodies_that_are_too_large_are_refused_stated_or_not(searcher: Searcher) -> None:
-    with serving(searcher, serve.Limits(body_bytes=50_000)) as client:
+    with serving(searcher, guard.Limits(body_bytes=50_000)) as client:
         assert client.post_form(photo(1)).status == 200
         assert_told(client.post_form(bytes(60_000)), 413, "50,000")
         head = b'--cut\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'

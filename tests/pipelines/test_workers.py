@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core import shards, table, towers, unit
+from fusion_core import manifest, shards, table, towers, unit
 from pipelines import cli, workers
 from schemas.feature_table import InputSpec, ManifestRecord, TableSpec
 from tests.corpora import pairs, write_tar
@@ -43,7 +43,7 @@ def is_running(pid: int) -> bool:
 
 def order(folder: Path, name: str, n: int) -> workers.Order:
     shard = write_tar(folder / f"{name}.tar", pairs(n))
-    spec = table.claim(str(folder / "table"), TableSpec(towers.load(towers.DEMO).spec, InputSpec()))
+    spec = manifest.claim(str(folder / "table"), TableSpec(towers.load(towers.DEMO).spec, InputSpec()))
     (planned,) = shards.plan([str(shard)], spec.input)
     return workers.Order(unit.Work(planned), str(folder / "table"), spec)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fusion_core import fusers, index, table
+from fusion_core import fusers, index, table, verify
 from schemas import records
 from schemas.feature_table import ManifestRecord, TableSpec
 from schemas.records import SchemaMismatch
@@ -83,7 +83,7 @@ def test_golden_tables_are_read(folder: Path) -> None:
          "message": "broken on purpose"}
     ]  # fmt: skip
     assert opened.spec.fuser == fusers.parse("weighted_sum:image=0.7,text=0.3", 16).spec
-    assert table.verify(str(folder / "table")) == []
+    assert verify.findings(str(folder / "table")) == []
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
