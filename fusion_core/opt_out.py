@@ -23,7 +23,10 @@ from fusion_core import fields, files, manifest
 from fusion_core.fields import InputError
 from fusion_core.table import Table
 from fusion_core.writer import LedgerError, UnitWriter
+from schemas import records
 from schemas.feature_table import KEY_DIGEST_BYTES, ROW_GROUP_ROWS, ManifestRecord, Part, TableSpec, features_schema
+from schemas.index import IndexRecord
+from schemas.records import SchemaMismatch
 from schemas.samples import DEAD_LETTERS, DeadLetter, Sample
 
 NO_LIST = "none"  # in a list's place: nothing is left out any more
@@ -276,3 +279,29 @@ def passed_by(window: Sequence[Sample | DeadLetter], opt_out: OptOut, writer: Un
     gone = np.flatnonzero(listed).tolist()
     writer.leave_out((window[at].row for at in gone), (digests[at] for at in gone))
     return [item for item, is_listed in zip(window, listed, strict=True) if not is_listed]
+
+
+# --- indexes --------------------------------------------------------------------------------------------------------
+
+
+def is_in_index(folder: str, opt_out: OptOut) -> bool:
+    """Whether the index in a folder has rows of listed keys; also where it is damaged, so that nobody can tell."""
+    where = files.join(folder, "index.json")
+    try:
+        record = records.from_json(IndexRecord, files.read_bytes(where), where)
+        columns = [record.meta, *(shard.meta for shard in record.shards if shard.meta)]
+        return any(_has_listed(files.join(folder, path), opt_out) for path in {part.path for part in columns})
+    except FileNotFoundError:
+        return True
+    except (SchemaMismatch, *records.NOT_JSON, pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the storage failed: Arrow tells damage without a number
+            raise
+        return True
+
+
+def _has_listed(place: str, opt_out: OptOut) -> bool:
+    with files.open_input(place) as stream:
+        names = pa.ipc.open_file(stream).schema.names
+        only_keys = pa.ipc.IpcReadOptions(included_fields=[names.index("key")])
+        reader = pa.ipc.open_file(stream, options=only_keys)
+        return any(_listed(reader.get_batch(i)["key"], opt_out).any() for i in range(reader.num_record_batches))

@@ -9,6 +9,7 @@ next run goes on with it.
 """
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -67,7 +68,7 @@ def discard(folder: str) -> None:
     files.remove_folder(folder)
 
 
-def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: int) -> None:
+def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: int, opt_out_sha256: str = "") -> None:
     """Makes the version current, at once, and removes what is more than `keep` versions ago.
 
     Not, however, one that was current less than an hour ago: a reader may just have been told of it.
@@ -79,25 +80,35 @@ def publish(place: str, version: str, run: str, options: tuple[str, ...], keep: 
         others = [item for item in before.versions if item.id not in (version, before.current)]
         current = [item for item in before.versions if item.id == before.current != version]
         older = [*(replace(item, replaced_at=at) for item in current), *others]
-    _point(place, version, [IndexVersion(version, run, at, options), *older])
+    new = IndexVersion(version, run, at, options, opt_out_sha256=opt_out_sha256)
+    _point(place, version, [new, *older])
     stay = older[: keep - 1] + [
         item for item in older[keep - 1 :] if _seconds_since(item.replaced_at, now) < _GRACE_SECONDS
     ]
     if len(stay) < len(older):
-        _point(place, version, [IndexVersion(version, run, at, options), *stay])
+        _point(place, version, [new, *stay])
         for item in older:
             if item not in stay:
                 discard(files.join(place, item.id))
 
 
-def forget_replaced(place: str) -> None:
-    """Removes all versions but the current one, at once: what had to leave the current one for good stands in them."""
+def hold_against(place: str, opt_out_sha256: str, has_listed: Callable[[str], bool]) -> bool:
+    """Removes the versions that have keys of an opt-out list, at once; the current one stays: whether it has any.
+
+    `has_listed` tells it of a version's folder. It is asked once for each list, of what has none.
+    """
     found = read(place)
-    replaced = [item for item in found.versions if item.id != found.current] if found else []
-    if found and replaced:
-        _point(place, found.current, [item for item in found.versions if item.id == found.current])
-        for item in replaced:
-            discard(files.join(place, item.id))
+    if not found:
+        return False
+    asked = [item for item in found.versions if item.opt_out_sha256 != opt_out_sha256]
+    having = {item.id for item in asked if has_listed(files.join(place, item.id))}
+    items = [item if item.id in having else replace(item, opt_out_sha256=opt_out_sha256) for item in found.versions]
+    stay = [item for item in items if item.id not in having - {found.current}]
+    if stay != list(found.versions):
+        _point(place, found.current, stay)
+    for version in having - {found.current}:
+        discard(files.join(place, version))
+    return found.current in having
 
 
 def restate(place: str, options: tuple[str, ...]) -> None:

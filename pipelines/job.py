@@ -61,6 +61,14 @@ def index_place(output: str, name: str) -> str:
     return files.join(output, "indexes", name)
 
 
+def index_places(output: str) -> list[str]:
+    """Where the indexes lie that a job has or had."""
+    root = files.join(output, "indexes")
+    below = len(root) + 1
+    names = {entry.place[below:].partition("/")[0] for entry in files.list_files(root, recursive=True)}
+    return [files.join(root, name) for name in sorted(names)]
+
+
 def read(path: str) -> tuple[JobSpec, bytes]:
     """The job that a file describes, and the file's bytes. Raises BadJob; looks no farther than the file."""
     try:

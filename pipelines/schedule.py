@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_core import alerts, files, lock, manifest, versions
+from fusion_core import alerts, files, lock, manifest, opt_out, versions
 from fusion_core.table import Table
 from pipelines import job
 from schemas import records
@@ -52,7 +52,7 @@ from schemas.job import (
 DONE, FAILED, ALERT = 0, 1, 4
 _BASELINE = "published.json"
 _LINES = 40  # of what a stage said that are kept when it failed
-_UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("left_out", pa.string()), ("rows_in", pa.int64()),
+_UNITS = pa.schema([("unit", pa.string()), ("parts", pa.string()), ("rows_in", pa.int64()),
                     ("rows_out", pa.int64()), ("rows_dead", pa.int64())])  # fmt: skip
 _PACKAGES = ("fusion-features", "apache-beam", "torch", "open_clip_torch", "faiss-gpu", "pyarrow")
 
@@ -101,13 +101,13 @@ class _Run:
         self._spec, self._own, self._hold, self._quiet = spec, own, hold, quiet
         self._started = time.monotonic()
         self._state: Any = "unchanged"
-        self._is_erased = False  # keys were opted out whose rows the published indexes have
+        self._opted_out = opt_out.NOTHING  # the list that the table was held against
 
     def execute(self) -> JobRun:
         """Does it all; the record has the exit code."""
         self._record()
         try:
-            self._work()
+            message = self._work()
         except _Stopped as stopped:
             return self._end("refused" if stopped.exit_code == ALERT else "failed", stopped.exit_code, str(stopped))
         except KeyboardInterrupt:
@@ -118,9 +118,10 @@ class _Run:
         except BaseException as error:
             self._end("failed", FAILED, f"{type(error).__name__}: {error}")
             raise
-        return self._end(self._state, DONE, "")
+        return self._end(self._state, DONE, message)
 
-    def _work(self) -> None:
+    def _work(self) -> str:
+        """Does it all, or stops; returns what there is to say of it."""
         spec, place = self._spec, job.table_place(self._spec.output)
         noise = ["--quiet"] if self._quiet and "--quiet" not in spec.embed else []
         self._stage("embed", ["embed", *spec.embed, f"--output={place}", *noise])
@@ -135,7 +136,7 @@ class _Run:
         standing = _standing(spec, _open(source))  # no table is held in memory while others work
         new = [step for step in spec.indexes if self._index(step, source, step.name in standing)]
         self._judge(alert for step in new for alert in self._recalls(step))
-        self._publish(new)
+        return self._publish(new)
 
     # --- stages
 
@@ -250,7 +251,7 @@ class _Run:
             rows_opted_out=embedded.rows_opted_out,
         )
         self._record(baseline=baseline[0].id if baseline else "", table=state, similarity=of_all, similarity_new=of_new)
-        self._is_erased = _is_erased(self._spec, embedded)
+        self._opted_out = _opted_out(self._spec, embedded)
         if baseline is None or baseline[0].table is None or baseline[0].similarity is None:
             return None
         return baseline[0].table, baseline[0].similarity
@@ -280,7 +281,7 @@ class _Run:
 
     # --- publish
 
-    def _publish(self, steps: Sequence[IndexStep]) -> None:
+    def _publish(self, steps: Sequence[IndexStep]) -> str:
         output = self._spec.output
         self._hold.check()
         done = []
@@ -288,15 +289,31 @@ class _Run:
             step = next((step for step in steps if step.name == item.name), None)
             if step:
                 root = job.index_place(output, step.name)
-                versions.publish(root, item.place.rpartition("/")[2], self._own.id, step.options, self._spec.keep)
+                versions.publish(
+                    root,
+                    item.place.rpartition("/")[2],
+                    self._own.id,
+                    step.options,
+                    self._spec.keep,
+                    self._opted_out.sha256,
+                )
                 item, self._state = replace(item, state="published"), "published"
             done.append(item)
         self._record(indexes=tuple(done))
-        for step in self._spec.indexes if self._is_erased else ():
-            versions.forget_replaced(job.index_place(output, step.name))
+        keys = self._opted_out
+        having = [
+            place
+            for place in job.index_places(output)
+            if keys.sha256
+            and versions.hold_against(place, keys.sha256, lambda folder: opt_out.is_in_index(folder, keys))
+        ]
         files.write_bytes(output, _BASELINE, records.to_json(Baseline(self._own.id)))
         _remove_old_units(self._spec, self._own.id)
         files.remove_stale_temporaries(output)
+        return "; ".join(
+            f"{place} has rows of keys that are opted out, and the job file does not name it: delete it"
+            for place in having
+        )
 
     # --- the record
 
@@ -372,11 +389,6 @@ def _parts(record: ManifestRecord) -> str:
     return " ".join(manifest.part_paths(record))
 
 
-def _left_out(record: ManifestRecord) -> str:
-    """What tells which keys of a unit are opted out; empty where none is."""
-    return hashlib.sha256(record.opted_out).hexdigest() if record.opted_out else ""
-
-
 def _units_place(output: str, run: str) -> str:
     return files.join(output, "runs", f"{run}-units.parquet")
 
@@ -394,28 +406,18 @@ def _read_baseline(output: str) -> tuple[JobRun, dict[str, str]] | None:
     return run, dict(zip(units["unit"].to_pylist(), units["parts"].to_pylist(), strict=True))
 
 
+def _opted_out(spec: JobSpec, embedded: Table) -> opt_out.OptOut:
+    """The opt-out list that the table was held against; raises InputError where it has changed since."""
+    named = [word.partition("=")[2] for word in spec.embed if word.startswith("--opt-out=")]
+    place = named[-1] if named else ""
+    sha256 = max((record.opt_out_sha256 for record in embedded.records), default="")
+    return opt_out.load(files.absolute(place) if place not in ("", opt_out.NO_LIST) else "", sha256)
+
+
 def _published_runs(spec: JobSpec) -> set[str]:
     """The runs to whose indexes one may roll back, and those of the current ones."""
     found = (versions.read(job.index_place(spec.output, step.name)) for step in spec.indexes)
     return {item.run for known in found if known for item in known.versions}
-
-
-def _is_erased(spec: JobSpec, embedded: Table) -> bool:
-    """Whether keys are opted out whose rows a version of an index has: that of the last run, or one that was rolled
-    back. Also where a version's units are not known any more.
-    """
-    left_out = {record.unit.id: _left_out(record) for record in embedded.records if record.opted_out}
-    wanted = pa.array(list(left_out), pa.string())
-    for run in _published_runs(spec) if left_out else ():
-        try:
-            with files.open_input(_units_place(spec.output, run)) as stream:
-                units = pq.read_table(stream, columns=["unit", "left_out"])
-        except FileNotFoundError:
-            return True
-        had = units.filter(pa.compute.is_in(units["unit"], value_set=wanted)).to_pylist()
-        if any(left_out[row["unit"]] != row["left_out"] for row in had):
-            return True
-    return False
 
 
 def _rows_of(output: str, run: str, units: Iterable[str]) -> int:
@@ -432,7 +434,6 @@ def _write_units(output: str, run: str, embedded: Table) -> None:
     columns = {
         "unit": [record.unit.id for record in held],
         "parts": [_parts(record) for record in held],
-        "left_out": [_left_out(record) for record in held],
         **{name: [getattr(record, name) for record in held] for name in ("rows_in", "rows_out", "rows_dead")},
     }
     with files.PendingFile(output) as pending:

@@ -72,6 +72,7 @@ class IndexVersion:
     published_at: str
     options: tuple[str, ...] = ()  # of `fusion index`
     replaced_at: str = ""  # when it ceased to be current
+    opt_out_sha256: str = ""  # of the opt-out list that it was last held against, and has no key of
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_core import files, manifest, opt_out, table, verify
+from fusion_core import build, files, manifest, opt_out, table, verify
 from fusion_core.fields import InputError
 from fusion_core.writer import UnitWriter
-from tests.corpora import SPEC, toy_batch, toy_unit, write_unit
+from tests.corpora import SPEC, toy_batch, toy_unit, toy_vectors, write_unit, write_vectors
 from tests.faults import storage
 
 
@@ -202,3 +202,21 @@ def test_verify_counts_what_is_left_out(tmp_path: Path) -> None:
     assert verify.findings(str(tmp_path / "table")) == []
     manifest.write_record(str(tmp_path / "table"), msgspec.structs.replace(record, rows_in=4, revision=3))
     assert len(verify.findings(str(tmp_path / "table"))) == 1
+
+
+def test_an_index_is_searched_for_listed_keys(tmp_path: Path) -> None:
+    vectors = toy_vectors(range(40), 16, "image").astype(np.float32)
+    whole = write_vectors(tmp_path / "table", vectors, vectors, SPEC, per_unit=20)
+    folder = tmp_path / "index"
+    build.build(whole, str(folder), "image_embedding")
+    keys = read(tmp_path / "table")["key"].to_pylist()
+    there, not_there = (write_list(tmp_path / name, [key]) for name, key in (("a", keys[30]), ("b", "another")))
+    assert opt_out.is_in_index(str(folder), there) and not opt_out.is_in_index(str(folder), not_there)
+
+    with storage.failing(storage.at(1, "open", errno.EIO)), pytest.raises(OSError):
+        opt_out.is_in_index(str(folder), not_there)
+    (columns,) = folder.glob("meta-*.arrow")
+    columns.write_bytes(columns.read_bytes()[:200])
+    assert opt_out.is_in_index(str(folder), not_there), "nobody can tell"
+    columns.unlink()
+    assert opt_out.is_in_index(str(folder), not_there)

@@ -93,14 +93,25 @@ def test_after_rolling_back_the_version_that_was_left_is_not_gone_back_to(
     assert earlier and earlier.id == IDS[0]
 
 
-def test_what_was_replaced_is_forgotten_at_once(table: Table, tmp_path: Path) -> None:
-    versions.forget_replaced(str(tmp_path))
+def test_what_has_keys_of_a_list_is_forgotten_at_once_and_asked_once(table: Table, tmp_path: Path) -> None:
+    place, asked = str(tmp_path), []
+
+    def has_listed(folder: str) -> bool:
+        asked.append(folder.rpartition("/")[2])
+        return asked[-1] == IDS[1]
+
+    assert not versions.hold_against(place, "list", has_listed)
     for version in IDS[:3]:
         publish(table, tmp_path, version, keep=3)
-    versions.forget_replaced(str(tmp_path))
-    assert folders(tmp_path) == [IDS[2]] and versions.candidates(str(tmp_path)) == []
-    assert index.Index.open(str(tmp_path)).record.rows_indexed == 60
-    assert versions.roll_back(str(tmp_path)) is None
+    for _ in range(2):
+        assert not versions.hold_against(place, "list", has_listed)
+        assert folders(tmp_path) == [IDS[0], IDS[2]] and versions.candidates(place) == []
+        assert sorted(asked) == IDS[:3]
+    earlier = versions.roll_back(place)
+    assert earlier and earlier.id == IDS[0]
+    assert not versions.hold_against(place, "other", lambda _: False)
+    assert versions.hold_against(place, "list", lambda folder: folder.endswith(IDS[0])), "it is the current one"
+    assert index.Index.open(place).record.rows_indexed == 60
 
 
 @pytest.mark.parametrize("step", ["read_record", "checked_file", "read_shard"])
@@ -114,7 +125,7 @@ def test_a_reader_whose_version_is_forgotten_meanwhile_opens_the_next(
     def forgotten(*arguments: Any) -> Any:
         if first.exists():
             versions.publish(str(tmp_path), IDS[1], "run", (), 2)
-            versions.forget_replaced(str(tmp_path))
+            versions.hold_against(str(tmp_path), "list", lambda folder: folder == str(first))
         return really(*arguments)
 
     monkeypatch.setattr(index, step, forgotten)

@@ -289,6 +289,23 @@ def test_no_roll_back_leads_to_a_key_that_is_opted_out(job: Job) -> None:
     assert holding(job.root, [row["caption"]]) == []
 
 
+def test_nor_to_one_whose_shard_lost_it_at_the_same_time(job: Job) -> None:
+    job.write(JOB + '[[index]]\nname = "old"\nworkers = 1\n')
+    write_tar(job.folder / "shards" / "new.tar", pairs(2))
+    first = job.run()
+    row = index.Index.open(str(job.root)).meta([24]).to_pylist()[0]
+    write_tar(job.folder / "shards" / "new.tar", pairs(1, start=1))
+    (job.folder / "keys.txt").write_text(f"{row['key']}\nof another corpus\n")
+    job.write(JOB.replace("[embed]", '[embed]\nopt-out = "keys.txt"'))
+    second = job.run()
+    assert second.table and (second.table.rows_out, second.table.rows_opted_out) == (25, 0)
+    assert holding(job.root, [row["caption"]]) == [] and not (job.root / first.id).exists()
+    old = job.root.parent / "old"
+    assert f"{old} has rows of keys that are opted out, and the job file does not name it" in second.message
+    shutil.rmtree(old)
+    assert job.run().message == ""
+
+
 def test_an_index_without_rows_is_published_and_not_measured(job: Job) -> None:
     job.write(JOB + "[evaluate]\nqueries = 10\n[alerts]\nmin-recall = 0.9\n")
     for path in sorted((job.folder / "shards").iterdir()):
