@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import hashlib
+import logging
 import posixpath
 import re
 import threading
@@ -24,12 +25,26 @@ from fusion_core.files import Entry
 from schemas.feature_table import InputSpec
 from schemas.samples import InputIdentity, Layout, Unit
 
+LOG = logging.getLogger("fusion.shards")
 _TAR = (".tar", ".tar.gz", ".tgz")
 _PARQUET = (".parquet", ".pq")
 _IMAGE = tuple(f".{extension}" for extension in tars.IMAGES)
 _CAPTION = tuple(f".{extension}" for extension in tars.CAPTIONS)
 _META = f".{tars.META}"
 _SHARD = (*_TAR, *_PARQUET, *tabular.LISTING_SUFFIXES)
+_NOT_READ = (
+    ".tar.bz2",
+    ".tar.lz4",
+    ".tar.xz",
+    ".tar.zst",
+    ".tbz2",
+    ".txz",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".arrow",
+    ".feather",
+)
 
 _MAX_EXPANSION = 1_000_000
 _FOOTERS_AHEAD = 64  # of Parquet files on an object store, where each costs round trips
@@ -186,6 +201,9 @@ def _find_in_folder(place: str, found: _Found) -> None:
         if _layout(entry.place) == "parquet" and _stem(entry.place) in packed:
             continue  # img2dataset's metadata beside its tar
         n_found += found.add(entry, is_asked=False)
+    if unread := [entry.place for entry in folder.entries if entry.place.lower().endswith(_NOT_READ)]:
+        LOG.warning("%d files of kinds that are not read are passed over, e.g. %s: repack them as .tar, if they are to "
+                    "be in", len(unread), unread[0])  # fmt: skip
     if any(sample.images for sample in folder.samples):
         found.folders.add(place)
     elif not n_found:

@@ -490,7 +490,11 @@ def _run(parser: argparse.ArgumentParser) -> None:
         "Embeds, fuses, indexes and evaluates as a job file says, doing what is not done, and publishes the indexes "
         "where nothing trips a limit. One run at a time on one output."
     )
-    parser.add_argument("job", metavar="JOB.toml", help="the job file; relative paths in it are relative to it")
+    parser.add_argument(
+        "job",
+        metavar="JOB.toml",
+        help="the job file; relative paths in it are relative to it, or to this folder where it is in an object store",
+    )
     parser.add_argument("--rollback", action="store_true", help="make the version before the current one current")
     parser.add_argument("--json", action="store_true", help="print the run's record")
     parser.add_argument("--quiet", action="store_true", help="say nothing, unless something is wrong")

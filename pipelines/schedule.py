@@ -225,6 +225,7 @@ class _Run:
         """Records the table as it is, and what of it is new since the last published run, whose figures it returns."""
         _write_units(self._spec.output, self._own.id, embedded)
         baseline = _read_baseline(self._spec.output)
+        _remove_old_units(self._spec, {self._own.id, *([baseline[0].id] if baseline else [])})
         known = baseline[1] if baseline else {}
         new, gone = [], dict(known)
         for record in embedded.records:
@@ -308,7 +309,7 @@ class _Run:
             and versions.hold_against(place, keys.sha256, lambda folder: opt_out.is_in_index(folder, keys))
         ]
         files.write_bytes(output, _BASELINE, records.to_json(Baseline(self._own.id)))
-        _remove_old_units(self._spec, self._own.id)
+        _remove_old_units(self._spec, {self._own.id})
         files.remove_stale_temporaries(output)
         return "; ".join(
             f"{place} has rows of keys that are opted out, and the job file does not name it: delete it"
@@ -441,10 +442,9 @@ def _write_units(output: str, run: str, embedded: Table) -> None:
         pending.publish(f"runs/{run}-units.parquet")
 
 
-def _remove_old_units(spec: JobSpec, run: str) -> None:
-    """Keeps the units of this run, and of the runs to whose indexes one may roll back."""
-    kept = {run} | _published_runs(spec)
-    wanted = {_units_place(spec.output, name) for name in kept}
+def _remove_old_units(spec: JobSpec, runs: set[str]) -> None:
+    """Keeps the units of these runs, and of those to whose indexes one may roll back."""
+    wanted = {_units_place(spec.output, run) for run in runs | _published_runs(spec)}
     for entry in files.list_files(files.join(spec.output, "runs")):
         if entry.place.endswith("-units.parquet") and entry.place not in wanted:
             files.remove(entry.place)

@@ -242,6 +242,13 @@ def test_img2dataset_metadata_is_passed_over(tmp_path: Path) -> None:
     assert "metadata" in error(tmp_path / "packed" / "*.parquet")
 
 
+def test_archives_that_are_passed_over_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tar(tmp_path, "a.tar")
+    touch(tmp_path, "b.tar.zst", "c.zip")
+    assert [unit.shard for unit in plan(tmp_path)] == [f"{tmp_path}/a.tar"]
+    assert "2 files of kinds that are not read are passed over" in caplog.text and "b.tar.zst" in caplog.text
+
+
 def test_parquet_with_images_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     tar(tmp_path, "a.tar")
     parquet(tmp_path / "a.parquet")

@@ -188,6 +188,8 @@ def test_a_limit_that_trips_publishes_nothing(job: Job, change: Callable[[Job], 
         assert name in job.said.err and "what stood stands" in job.said.err
     again = job.run(4)
     assert again.alerts == refused.alerts, "nor does the next run, which finds all embedded"
+    held = {path.name for path in (job.folder / "out" / "runs").glob("*-units.parquet")}
+    assert held == {f"{run.id}-units.parquet" for run in (first, again)}, "refused runs do not pile up"
     job.write(JOB)
     assert job.run().state == "published"
 

@@ -197,6 +197,14 @@ def test_forms_and_types_that_are_not_taken(client: Client) -> None:
     assert_told(client.get("/nowhere"), 404)
 
 
+def test_a_head_is_answered_as_a_get_without_its_body(client: Client) -> None:
+    for path in ("/", "/health", "/search?text=a+ring&k=3"):
+        whole, head = client.get(path), client.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b"") and whole.body
+        assert head.headers["content-length"] == str(len(whole.body))
+    assert client.ask("HEAD", "/nowhere").status == 404
+
+
 @pytest.mark.parametrize("kind", ["Boundary=cut", 'boundary="cut;here"', 'charset=utf-8; boundary="cut here"'])
 def test_a_boundary_may_be_written_in_any_way(client: Client, kind: str) -> None:
     boundary = kind.rpartition("=")[2].strip('"')
