@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fusion_core import files, fusers, metrics
 from fusion_core.columns import Columns
-from fusion_core.metrics import Doubles, Floats, Ids
+from fusion_core.metrics import Floats, Ids
 from fusion_core.table import Table, to_numpy
 from fusion_core.towers import Towers
 from schemas.columns import MAX_COLUMNS, NONE, LabelRecord, LabelSpec, labels_schema
@@ -324,7 +324,7 @@ def _fit(
             "a temperature needs 20 or more"
         )
     images = fusers.normalize(to_numpy(rows["image_embedding"].combine_chunks())[known])
-    logits, real = images @ vectors.T * scale, numbers[known]
+    logits, real = zero_shot_logits(images, vectors, scale), numbers[known]
     half = np.random.default_rng(0).permutation(len(real)) % 2 == 0  # by lot: classes may alternate
     trial = metrics.fit_temperature(logits[half], real[half])
     losses = (metrics.nll(logits[~half], real[~half]), metrics.nll(logits[~half], real[~half], trial))
@@ -338,6 +338,8 @@ def class_numbers(labels: Sequence[str | None], names: Sequence[str]) -> tuple[I
     return np.array([places.get(label or "", 0) for label in labels], np.int64), known
 
 
-def zero_shot_logits(images: Floats, vectors: Floats, scale: float) -> Doubles:
-    """The logits, float64 [n, C], of unit image vectors for class vectors."""
-    return np.asarray(scale * (images @ vectors.T), np.float64)
+def zero_shot_logits(images: Floats, vectors: Floats, scale: float) -> Floats:
+    """The logits, float32 [n, C], of unit image vectors for class vectors."""
+    logits: Floats = images @ vectors.T
+    logits *= scale
+    return logits
