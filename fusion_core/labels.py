@@ -144,7 +144,7 @@ def _field(sidecar: str, name: str) -> object:
 
 
 def _as_label(value: object) -> str | None:
-    if value is None or isinstance(value, dict | list):
+    if value is None or isinstance(value, dict | list) or value != value:  # NaN
         return None
     return str(value).strip() or None
 
@@ -177,7 +177,10 @@ def _batches(place: str) -> Iterator[pa.Table]:
                 source = pq.ParquetFile(stream)
                 _check_columns(place, source.schema_arrow.names)
                 for batch in source.iter_batches(columns=["key", "label"]):
-                    yield pa.table([batch["key"].cast("string"), batch["label"].cast("string")], ["key", "label"])
+                    label = batch["label"]
+                    if pa.types.is_floating(label.type):  # NaN is how pandas says that there is none
+                        label = pc.if_else(pc.is_nan(label), None, label)
+                    yield pa.table([batch["key"].cast("string"), label.cast("string")], ["key", "label"])
                 return
             text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
             reader = csv.DictReader(text, delimiter="\t" if lower.endswith(".tsv") else ",")

@@ -185,6 +185,19 @@ def test_lists_that_cannot_be_used(tmp_path: Path, classes: str, templates: str,
             labels.read_classes(str(tmp_path / place))
 
 
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_a_label_that_is_not_a_number_is_none(table: Table, tmp_path: Path, kind: pa.DataType) -> None:
+    rows = table.sample(4, 0)
+    keys = rows["key"].to_pylist()
+    given = pa.array(np.array([2, np.nan, 1, np.nan], kind.to_pandas_dtype()), mask=np.array([0, 0, 0, 1], bool))
+    pq.write_table(pa.table({"key": keys, "label": given}), tmp_path / "truth.parquet")
+    assert Truth(table, str(tmp_path / "truth.parquet")).of(rows) == ["2", None, "1", None]
+    (tmp_path / "truth.csv").write_text("key,label\n" + "".join(f"{key},nan\n" for key in keys))
+    assert Truth(table, str(tmp_path / "truth.csv")).of(rows) == ["nan"] * 4, "a word there"
+    sidecars = pa.table({"meta": ['{"grade": NaN}', '{"grade": 2}', '{"grade": "nan"}', None]})
+    assert Truth(table, "meta.grade").of(sidecars) == [None, "2", "nan", None]
+
+
 def test_the_truth_from_columns_and_files(table: Table, tmp_path: Path) -> None:
     rows = table.sample(table.num_rows, 0)
     shapes = Truth(table, "meta.shape").of(rows)
