@@ -29,6 +29,7 @@ from schemas.feature_table import ManifestRecord
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}")
 FIT_ROWS = 20_000
 _BATCH_ROWS = 8192
+_BATCH_CELLS = 1 << 22  # rows x classes that are labelled at once, in float64
 _MAX_FILE_BYTES = 64 << 20
 _META = "meta."
 
@@ -250,10 +251,11 @@ def write(
         spec = replace(spec, temperature=temperature)
         log(f"label: temperature {temperature:.3f}, fitted on {fitted:,} rows")
     schema = labels_schema(spec)
+    rows_at_once = max(1, min(_BATCH_ROWS, _BATCH_CELLS // len(vectors)))
 
     def columns_of(record: ManifestRecord) -> pa.Table:
         one = Table(table.place, table.spec, (record,))
-        some = [_label(batch, vectors, spec, schema) for batch in one.scan(_NEEDED, _BATCH_ROWS)]
+        some = [_label(batch, vectors, spec, schema) for batch in one.scan(_NEEDED, rows_at_once)]
         labelled(record.rows_out)
         return pa.concat_tables(some)
 

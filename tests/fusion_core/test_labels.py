@@ -154,6 +154,26 @@ def test_many_labels_have_no_column_each(table: Table, demo: towers.Towers, tmp_
     assert {len(row) for row in rows["top_labels"].drop_null().to_pylist()} == {5}
 
 
+def test_rows_are_labelled_so_many_at_once_as_the_classes_allow(
+    table: Table, demo: towers.Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    label = labels._label
+    monkeypatch.setattr(labels, "_label", lambda batch, *more: (sizes.append(len(batch)), label(batch, *more))[1])
+    labels.write(table, str(tmp_path / "whole"), CLASSES, demo, threshold=0.2)
+    whole = pq.read_table(tmp_path / "whole" / "labels")
+    for cells, rows in ((7 * 6 + 5, 7), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr(labels, "_BATCH_CELLS", cells)
+        labels.write(table, str(tmp_path / str(cells)), CLASSES, demo, threshold=0.2)
+        assert max(sizes) == rows and sum(sizes) == table.num_rows
+        found = pq.read_table(tmp_path / str(cells) / "labels")
+        for name in ("key", "row", "label", "top_labels"):
+            assert found[name].equals(whole[name]), name
+        for name in ("probability", "cosine", *whole.column_names[-len(SHAPES) :]):  # BLAS adds in another order
+            np.testing.assert_allclose(found[name].to_numpy(), whole[name].to_numpy(), rtol=1e-5, atol=1e-9)
+
+
 def test_classes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\ufeffcircle\tdisc\tround thing\n\n  big square \n{x}\n", "utf-8")
     (tmp_path / "templates.txt").write_text("a {} here\n{}\n")
