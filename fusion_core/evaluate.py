@@ -72,7 +72,8 @@ def evaluate(
     """The figures of a table: of what its rows and the spec allow; `notes` say what was left out.
 
     `classes` and `towers` (called at most once) are needed for zero-shot classification. Memory is that of the sampled
-    rows' vectors, and of kernels of 2,000 x 2,000. Raises BadEvaluation, BadLabels, TowerError.
+    rows' vectors, of kernels of 2,000 x 2,000, and of 6 bytes for each labelled row and class of `classes`. Raises
+    BadEvaluation, BadLabels, TowerError.
     """
     if spec.folds < 2:
         raise BadEvaluation(f"a cross-validation needs at least 2 folds, not {spec.folds}")
@@ -349,25 +350,23 @@ def _classification(names: Sequence[str], truth: Ids, found: Ids, groups: Ids, s
     rows = np.bincount(truth, minlength=len(names)).tolist()
     scores = np.stack(metrics.class_scores(counted), axis=1).tolist()
     each = (ClassScores(name, n, *of) for name, n, of in zip(names, rows, scores, strict=True))
-    counts = tuple(map(tuple, metrics.confusion(truth, found, len(names)).tolist()))
-    return Classification(figures, tuple(each), counts)
+    cells = tuple(map(tuple, metrics.confusion(truth, found, len(names)).tolist()))
+    return Classification(figures, tuple(each), cells=cells)
 
 
-def _calibration(name: str, logits: Doubles, truth: Ids, temperature: float) -> Calibration:
-    probabilities = metrics.softmax(logits / temperature)
-    found = metrics.predicted(logits, truth)
-    confidence, right = probabilities.max(axis=1), found == truth
+def _calibration(name: str, logits: Floats | Doubles, truth: Ids, temperature: float) -> Calibration:
+    confidence, true, squares = metrics.confidences(logits, truth, temperature)
+    right = metrics.predicted(logits, truth) == truth
     rng = np.random.default_rng(0)
     perfect = [  # what a table of such probabilities would show if they were all true
         metrics.expected_calibration_error(confidence, rng.random(len(truth)) < confidence) for _ in range(50)
     ]
-    true = probabilities[np.arange(len(truth)), truth]
     return Calibration(
         name,
         n=len(truth),
         temperature=temperature,
         nll=metrics.nll(logits, truth, temperature),
-        brier=float((np.einsum("nc,nc->n", probabilities, probabilities) - 2 * true + 1).mean()),
+        brier=float((squares - 2 * true + 1).mean()),
         ece=metrics.expected_calibration_error(confidence, right),
         ece_floor=float(np.mean(perfect)),
         bins=tuple(metrics.reliability(confidence, right)),

@@ -95,19 +95,16 @@ def _projection(geometry: Geometry) -> dict[str, Any]:
 
 def _classification(found: Classification) -> dict[str, Any]:
     names = [one.label for one in found.classes]
-    wrong = [
-        (count, names[true], names[said])
-        for true, row in enumerate(found.confusion)
-        for said, count in enumerate(row)
-        if true != said and count
-    ]
+    wrong = [(count, names[true], names[said]) for true, said, count in found.cells if true != said]
     drawn: list[dict[str, Any]] = []
     side = 0.0
     if len(names) <= _MOST_CLASSES_DRAWN:
         side = min(44.0, 420 / len(names))
-        for true, row in enumerate(found.confusion):
-            for said, count in enumerate(row):
-                share = count / max(1, sum(row))
+        counts = {(true, said): count for true, said, count in found.cells}
+        for true, one in enumerate(found.classes):
+            for said in range(len(names)):
+                count = counts.get((true, said), 0)
+                share = count / max(1, one.rows)
                 drawn.append({"x": said * side, "y": true * side, "share": round(share, 3), "count": count})
     return {
         "names": names,

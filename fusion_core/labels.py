@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fusion_core import files, fusers, metrics
 from fusion_core.columns import Columns
-from fusion_core.metrics import Doubles, Floats, Ids
+from fusion_core.metrics import Floats, Ids
 from fusion_core.table import Table, to_numpy
 from fusion_core.towers import Towers
 from schemas.columns import MAX_COLUMNS, NONE, LabelRecord, LabelSpec, labels_schema
@@ -29,6 +29,7 @@ from schemas.feature_table import ManifestRecord
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}")
 FIT_ROWS = 20_000
 _BATCH_ROWS = 8192
+_BATCH_CELLS = 1 << 22  # rows x classes that are labelled at once, in float64
 _MAX_FILE_BYTES = 64 << 20
 _META = "meta."
 
@@ -144,7 +145,7 @@ def _field(sidecar: str, name: str) -> object:
 
 
 def _as_label(value: object) -> str | None:
-    if value is None or isinstance(value, dict | list):
+    if value is None or isinstance(value, dict | list) or value != value:  # NaN
         return None
     return str(value).strip() or None
 
@@ -177,7 +178,10 @@ def _batches(place: str) -> Iterator[pa.Table]:
                 source = pq.ParquetFile(stream)
                 _check_columns(place, source.schema_arrow.names)
                 for batch in source.iter_batches(columns=["key", "label"]):
-                    yield pa.table([batch["key"].cast("string"), batch["label"].cast("string")], ["key", "label"])
+                    label = batch["label"]
+                    if pa.types.is_floating(label.type):  # NaN is how pandas says that there is none
+                        label = pc.if_else(pc.is_nan(label), None, label)
+                    yield pa.table([batch["key"].cast("string"), label.cast("string")], ["key", "label"])
                 return
             text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
             reader = csv.DictReader(text, delimiter="\t" if lower.endswith(".tsv") else ",")
@@ -247,10 +251,11 @@ def write(
         spec = replace(spec, temperature=temperature)
         log(f"label: temperature {temperature:.3f}, fitted on {fitted:,} rows")
     schema = labels_schema(spec)
+    rows_at_once = max(1, min(_BATCH_ROWS, _BATCH_CELLS // len(vectors)))
 
     def columns_of(record: ManifestRecord) -> pa.Table:
         one = Table(table.place, table.spec, (record,))
-        some = [_label(batch, vectors, spec, schema) for batch in one.scan(_NEEDED, _BATCH_ROWS)]
+        some = [_label(batch, vectors, spec, schema) for batch in one.scan(_NEEDED, rows_at_once)]
         labelled(record.rows_out)
         return pa.concat_tables(some)
 
@@ -324,7 +329,7 @@ def _fit(
             "a temperature needs 20 or more"
         )
     images = fusers.normalize(to_numpy(rows["image_embedding"].combine_chunks())[known])
-    logits, real = images @ vectors.T * scale, numbers[known]
+    logits, real = zero_shot_logits(images, vectors, scale), numbers[known]
     half = np.random.default_rng(0).permutation(len(real)) % 2 == 0  # by lot: classes may alternate
     trial = metrics.fit_temperature(logits[half], real[half])
     losses = (metrics.nll(logits[~half], real[~half]), metrics.nll(logits[~half], real[~half], trial))
@@ -338,6 +343,8 @@ def class_numbers(labels: Sequence[str | None], names: Sequence[str]) -> tuple[I
     return np.array([places.get(label or "", 0) for label in labels], np.int64), known
 
 
-def zero_shot_logits(images: Floats, vectors: Floats, scale: float) -> Doubles:
-    """The logits, float64 [n, C], of unit image vectors for class vectors."""
-    return np.asarray(scale * (images @ vectors.T), np.float64)
+def zero_shot_logits(images: Floats, vectors: Floats, scale: float) -> Floats:
+    """The logits, float32 [n, C], of unit image vectors for class vectors."""
+    logits: Floats = images @ vectors.T
+    logits *= scale
+    return logits

@@ -1,5 +1,6 @@
 """The figures of an evaluation as functions of arrays. Ties and NaN count against what is measured."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ Ids = npt.NDArray[np.int64]
 RESAMPLES = 2000
 _BLOCK = 256  # queries compared with the gallery at once
 _DRAWS = 100  # of a bootstrap at once
+_CELLS = 1 << 22  # of scores [n, C] worked on at once, in float64: there may be many classes
 
 
 # --- retrieval ------------------------------------------------------------------------------------------------------
@@ -99,27 +101,45 @@ def smallest_difference(n: int, disagree: float = 0.1) -> float:
 
 def predicted(scores: Floats | Doubles, truth: Ids) -> Ids:
     """The class of the best score [n, C] of each row; among equals, or where the truth's is NaN, one that is wrong."""
-    rows = np.arange(len(truth))
-    true = scores[rows, truth]
-    others = np.where(np.isnan(scores), np.inf, scores)
-    others[rows, truth] = -np.inf
-    best: Ids = others.argmax(axis=1)
-    wins = true > others[rows, best]  # not where it is NaN
-    return np.where(wins, truth, best) if scores.shape[1] > 1 else np.zeros(len(truth), np.int64)
+    if scores.shape[1] == 1:
+        return np.zeros(len(truth), np.int64)
+
+    def of(scores: Doubles, truth: Ids) -> Ids:
+        rows = np.arange(len(truth))
+        true = scores[rows, truth]
+        others = np.where(np.isnan(scores), np.inf, scores)
+        others[rows, truth] = -np.inf
+        best: Ids = others.argmax(axis=1)
+        wins = true > others[rows, best]  # not where it is NaN
+        return np.where(wins, truth, best)
+
+    return np.asarray(_by_rows(of, scores, truth), np.int64)
 
 
 def rank_of_truth(scores: Floats | Doubles, truth: Ids) -> Ids:
     """The rank, from 1, of the true class among the scores [n, C]."""
-    rows = np.arange(len(truth))
-    others = np.where(np.isnan(scores), np.inf, scores)
-    true = np.where(np.isnan(scores[rows, truth]), -np.inf, scores[rows, truth])
-    others[rows, truth] = np.nan
-    return np.asarray(1 + (others >= true[:, None]).sum(axis=1), np.int64)
+
+    def of(scores: Doubles, truth: Ids) -> Ids:
+        rows = np.arange(len(truth))
+        others = np.where(np.isnan(scores), np.inf, scores)
+        true = np.where(np.isnan(scores[rows, truth]), -np.inf, scores[rows, truth])
+        others[rows, truth] = np.nan
+        return np.asarray(1 + (others >= true[:, None]).sum(axis=1), np.int64)
+
+    return np.asarray(_by_rows(of, scores, truth), np.int64)
+
+
+def _by_rows(of: Callable[[Doubles, Ids], Any], scores: Floats | Doubles, truth: Ids) -> Any:
+    """What `of` finds for rows of scores [n, C] and true classes [n], some rows at a time."""
+    step = max(1, _CELLS // scores.shape[1])
+    pieces = (slice(first, first + step) for first in range(0, max(1, len(truth)), step))
+    return np.concatenate([of(scores[piece].astype(np.float64), truth[piece]) for piece in pieces])
 
 
 def confusion(truth: Ids, found: Ids, classes: int) -> Ids:
-    """How often a row of each true class was predicted to be of each class, [true, predicted]."""
-    return np.bincount(truth * classes + found, minlength=classes * classes).reshape(classes, classes)
+    """The cells of the confusion matrix that have rows, in its order: [m, 3] of true class, predicted class, rows."""
+    cells, rows = np.unique(truth * classes + found, return_counts=True)
+    return np.stack([cells // classes, cells % classes, rows], axis=1)
 
 
 def tallies(truth: Ids, found: Ids, classes: int) -> Doubles:
@@ -199,21 +219,40 @@ def softmax(logits: Floats | Doubles) -> Doubles:
 
 def nll(logits: Floats | Doubles, truth: Ids, temperature: float = 1.0) -> float:
     """The mean negative log probability (nats) of the true class under softmax(logits / temperature)."""
-    scaled = logits.astype(np.float64) / temperature
-    top = scaled.max(axis=1)
-    total = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
-    return float((total - scaled[np.arange(len(truth)), truth]).mean())
+
+    def of(logits: Doubles, truth: Ids) -> Doubles:
+        scaled = logits / temperature
+        top = scaled.max(axis=1)
+        total = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
+        return np.asarray(total - scaled[np.arange(len(truth)), truth])
+
+    return float(_by_rows(of, logits, truth).mean())
+
+
+def confidences(logits: Floats | Doubles, truth: Ids, temperature: float = 1.0) -> tuple[Doubles, Doubles, Doubles]:
+    """Of softmax(logits / temperature): each row's best probability, its true class's, and the sum of the squares."""
+
+    def of(logits: Doubles, truth: Ids) -> Doubles:
+        found = softmax(logits / temperature)
+        true = found[np.arange(len(truth)), truth]
+        return np.stack([found.max(axis=1), true, np.einsum("nc,nc->n", found, found)], axis=1)
+
+    best, true, squares = _by_rows(of, logits, truth).T
+    return best, true, squares
 
 
 def fit_temperature(logits: Floats | Doubles, truth: Ids) -> float:
     """The temperature, 0.01 to 100, of the least `nll`: which is convex in its inverse, so it is bisected."""
-    logits = logits.astype(np.float64)
-    true = logits[np.arange(len(truth)), truth]
+    true = logits[np.arange(len(truth)), truth].astype(np.float64)
     low, high = np.log(0.01), np.log(100.0)  # of the inverse
     for _ in range(60):
-        middle = (low + high) / 2
-        expected = (softmax(logits * np.exp(middle)) * logits).sum(axis=1)
-        low, high = (middle, high) if expected.mean() < true.mean() else (low, middle)
+        inverse = np.exp((low + high) / 2)
+
+        def expected(logits: Doubles, truth: Ids, inverse: float = inverse) -> Doubles:
+            return np.asarray((softmax(logits * inverse) * logits).sum(axis=1))
+
+        below = _by_rows(expected, logits, truth).mean() < true.mean()
+        low, high = ((low + high) / 2, high) if below else (low, (low + high) / 2)
     return float(np.exp(-(low + high) / 2))
 
 

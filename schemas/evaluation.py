@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from schemas import records
 from schemas.feature_table import TableSpec
 
 Direction = Literal["text to image", "image to text"]
@@ -96,11 +95,16 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class Classification:
-    """Predicted against true classes. `confusion` is [true][predicted], in the order of `classes`."""
+    """Predicted against true classes.
+
+    `cells` are those of the confusion matrix that have rows: [true, predicted, rows], the classes as their places in
+    `classes`. An evaluation written before 1.1 has the whole matrix instead, `confusion`: [true][predicted].
+    """
 
     figures: dict[str, Figure]
     classes: tuple[ClassScores, ...]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] = ()
+    cells: tuple[tuple[int, int, int], ...] = ()  # since 1.1
 
 
 @dataclass(frozen=True)
@@ -168,4 +172,4 @@ class EvaluationRecord:
     differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    schema_version: str = records.VERSION
+    schema_version: str = "1.1"

@@ -1,8 +1,10 @@
 """The evaluation of tables in which it is known what must come out."""
 
+import dataclasses
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fusion_core.labels import Classes
 from fusion_core.table import Table, to_arrow
 from fusion_core.writer import UnitWriter
 from schemas import records
-from schemas.evaluation import EvaluationRecord, EvaluationSpec
+from schemas.evaluation import Classification, EvaluationRecord, EvaluationSpec, ZeroShot
 from schemas.feature_table import features_schema
 from tests.corpora import SPEC, toy_batch, toy_unit, write_scene_table
 
@@ -169,7 +171,7 @@ def test_joint_features_are_called_better_only_where_they_are(tmp_path: Path) ->
     for probe in record.probes:
         for name, figure in probe.result.figures.items():
             assert figure.low <= figure.value <= figure.high, (probe.features, probe.classifier, name)
-        assert sum(map(sum, probe.result.confusion)) == 400
+        assert sum(rows for _, _, rows in probe.result.cells) == 400
     useless = evaluate.evaluate(write(tmp_path / "b", image, noise(400, 9), meta=meta), spec)
     assert not [one for one in useless.differences if one.features == "concat" and one.claimed and one.value > 0]
 
@@ -264,6 +266,34 @@ def check_page(record: EvaluationRecord) -> None:
     assert not re.search(r'(src|href)="', page), "the page stands alone"
     assert len(re.findall("<svg", page)) >= 6
     assert all(math.isfinite(float(value)) for value in re.findall(r'(?:x|y|cx|cy|width|height)="([-\d.]+)"', page))
+
+
+def test_what_many_classes_take_grows_with_the_rows_and_not_with_the_square_of_the_classes(scenes: Table) -> None:
+    names = [f"thing <{number}>" for number in range(2000)]
+    truth = np.append(np.arange(60) * 30, 30)
+    found = np.where(truth % 20 < 10, truth, truth + 1)
+    tracemalloc.start()
+    result = evaluate._classification(names, truth, found, np.arange(61), 0)
+    size = len(records.to_json(result, indent=2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.cells[:3] == ((0, 0, 1), (30, 31, 2), (60, 60, 1)) and len(result.cells) == 60
+    assert result.confusion == () and size < 1e6 and peak < 30e6, "a matrix has 4 million cells"
+    page = evaluation_page.render(
+        dataclasses.replace(
+            evaluate.evaluate(scenes, EvaluationSpec(max_rows=20)), zero_shot=ZeroShot(result, ("{}",), ())
+        )
+    ).decode()
+    assert "Confused most: thing &lt;30&gt; as thing &lt;31&gt; (2), thing" in page
+    assert "<summary>All 2,000 classes</summary>" in page and 'aria-label="confusion matrix"' not in page
+
+
+def test_an_evaluation_of_version_1_0_is_read() -> None:
+    figures = {"accuracy": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}}
+    one = {"label": "a", "rows": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    written = json.dumps({"figures": figures, "classes": [one, one], "confusion": [[1, 1], [1, 1]]}).encode()
+    read = records.from_json(Classification, written, "eval.json")
+    assert read.confusion == ((1, 1), (1, 1)) and read.cells == ()
 
 
 def test_classes_that_no_label_is_of(scenes: Table) -> None:

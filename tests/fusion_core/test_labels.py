@@ -154,6 +154,26 @@ def test_many_labels_have_no_column_each(table: Table, demo: towers.Towers, tmp_
     assert {len(row) for row in rows["top_labels"].drop_null().to_pylist()} == {5}
 
 
+def test_rows_are_labelled_so_many_at_once_as_the_classes_allow(
+    table: Table, demo: towers.Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    label = labels._label
+    monkeypatch.setattr(labels, "_label", lambda batch, *more: (sizes.append(len(batch)), label(batch, *more))[1])
+    labels.write(table, str(tmp_path / "whole"), CLASSES, demo, threshold=0.2)
+    whole = pq.read_table(tmp_path / "whole" / "labels")
+    for cells, rows in ((7 * 6 + 5, 7), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr(labels, "_BATCH_CELLS", cells)
+        labels.write(table, str(tmp_path / str(cells)), CLASSES, demo, threshold=0.2)
+        assert max(sizes) == rows and sum(sizes) == table.num_rows
+        found = pq.read_table(tmp_path / str(cells) / "labels")
+        for name in ("key", "row", "label", "top_labels"):
+            assert found[name].equals(whole[name]), name
+        for name in ("probability", "cosine", *whole.column_names[-len(SHAPES) :]):  # BLAS adds in another order
+            np.testing.assert_allclose(found[name].to_numpy(), whole[name].to_numpy(), rtol=1e-5, atol=1e-9)
+
+
 def test_classes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\ufeffcircle\tdisc\tround thing\n\n  big square \n{x}\n", "utf-8")
     (tmp_path / "templates.txt").write_text("a {} here\n{}\n")
@@ -183,6 +203,19 @@ def test_lists_that_cannot_be_used(tmp_path: Path, classes: str, templates: str,
     for place, said in (("latin", "is not UTF-8"), ("nowhere", "there is no file")):
         with pytest.raises(BadLabels, match=said):
             labels.read_classes(str(tmp_path / place))
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_a_label_that_is_not_a_number_is_none(table: Table, tmp_path: Path, kind: pa.DataType) -> None:
+    rows = table.sample(4, 0)
+    keys = rows["key"].to_pylist()
+    given = pa.array(np.array([2, np.nan, 1, np.nan], kind.to_pandas_dtype()), mask=np.array([0, 0, 0, 1], bool))
+    pq.write_table(pa.table({"key": keys, "label": given}), tmp_path / "truth.parquet")
+    assert Truth(table, str(tmp_path / "truth.parquet")).of(rows) == ["2", None, "1", None]
+    (tmp_path / "truth.csv").write_text("key,label\n" + "".join(f"{key},nan\n" for key in keys))
+    assert Truth(table, str(tmp_path / "truth.csv")).of(rows) == ["nan"] * 4, "a word there"
+    sidecars = pa.table({"meta": ['{"grade": NaN}', '{"grade": 2}', '{"grade": "nan"}', None]})
+    assert Truth(table, "meta.grade").of(sidecars) == [None, "2", "nan", None]
 
 
 def test_the_truth_from_columns_and_files(table: Table, tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ def test_class_figures_are_scikit_learns(seed: int, n: int, classes: int) -> Non
     rng = np.random.default_rng(seed)
     truth, guess = rng.integers(0, classes, (2, n))
     accuracy, f1, recall = metrics.summary(metrics.tallies(truth, guess, classes))
-    assert np.array_equal(
-        metrics.confusion(truth, guess, classes), confusion_matrix(truth, guess, labels=range(classes))
-    )
+    matrix = confusion_matrix(truth, guess, labels=range(classes))
+    cells = [[true, said, matrix[true, said]] for true, said in np.argwhere(matrix)]
+    assert metrics.confusion(truth, guess, classes).tolist() == cells
     there = np.unique(truth)
     assert accuracy == pytest.approx(accuracy_score(truth, guess))
     assert f1 == pytest.approx(f1_score(truth, guess, labels=there, average="macro", zero_division=0))
@@ -119,6 +119,31 @@ def test_the_class_that_is_said(seed: int, n: int, classes: int) -> None:
         if ahead:
             best = np.where(np.isnan(others), np.inf, others).max()
             assert (np.isnan(row[one]) and best == np.inf) or row[one] == best
+
+
+@pytest.mark.parametrize("cells", [1, 14, 100])
+def test_figures_of_scores_do_not_depend_on_how_many_rows_are_worked_on_at_once(
+    monkeypatch: pytest.MonkeyPatch, cells: int
+) -> None:
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(0, 3, (40, 7)).astype(np.float32), rng.integers(0, 7, 40)
+
+    def figures() -> list[bytes]:
+        found = (
+            metrics.predicted(logits, truth), metrics.rank_of_truth(logits, truth),
+            metrics.nll(logits, truth, 2.0), metrics.fit_temperature(logits, truth),
+            *metrics.confidences(logits, truth, 2.0),
+        )  # fmt: skip
+        return [np.asarray(one).tobytes() for one in found]
+
+    whole = figures()
+    best, true, squares = metrics.confidences(logits, truth, 2.0)
+    expected = metrics.softmax(logits.astype(np.float64) / 2.0)
+    np.testing.assert_array_equal(best, expected.max(axis=1))
+    np.testing.assert_array_equal(true, expected[np.arange(40), truth])
+    np.testing.assert_allclose(squares, (expected**2).sum(axis=1), rtol=1e-12)
+    monkeypatch.setattr(metrics, "_CELLS", cells)
+    assert figures() == whole
 
 
 def test_temperature_and_loss() -> None:
