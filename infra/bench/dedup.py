@@ -111,11 +111,12 @@ def write_table(place: str, rows: int) -> np.ndarray:
 def run_alone(place: str, output: str, cosine: float | None) -> dict[str, Any]:
     """One run in a process of its own: seconds, peak and idle memory."""
     code = (
-        "import json, sys, time\n"
+        "import json, re, sys, time\n"
         "import torch\n"
         "from fusion_core import dedup, table\n"
-        "from infra.bench.job import peak_bytes as peak\n"
         "from schemas.dedup import DedupSpec\n"
+        "def peak():\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         "place, output, cosine = json.loads(sys.argv[1])\n"
         "opened, idle = table.Table.open(place), peak()\n"
         "start, cpu = time.perf_counter(), time.process_time()\n"

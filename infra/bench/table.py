@@ -2,10 +2,10 @@
 
     python -m infra.bench.table [--quick]
 
-write   rows through table.UnitWriter in batches of 64, hashed, synced and recorded, against pq.write_table of the same
+write   rows through writer.UnitWriter in batches of 64, hashed, synced and recorded, against pq.write_table of the same
         rows with the same settings, bare and with what the table adds to it: fsync and SHA-256
 scan    an embedding column into numpy: Table.vectors (with the column of flags) against pq.read_table of the column
-open    Table.open of many units: synthetic records, written by table.write_record and compacted
+open    Table.open of many units: synthetic records, written by manifest.write_record and compacted
 """
 
 import argparse
