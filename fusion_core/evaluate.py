@@ -98,7 +98,12 @@ def evaluate(
             found["zero_shot"] = _zero_shot(rows, classes, towers(), spec.seed, notes)
     if spec.labels:
         with clock.stage("probes"):
-            found |= _probe(rows, spec, notes, log)
+            try:
+                found |= _probe(rows, spec, notes, log)
+            except BadEvaluation as error:
+                if classes is None:  # the labels were asked for nothing else
+                    raise
+                notes.append(f"no probes: {error}")
     return EvaluationRecord(
         table=table.place,
         table_spec=table.spec,

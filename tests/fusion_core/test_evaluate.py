@@ -249,6 +249,12 @@ def test_zero_shot_classes_of_scenes(scenes: Table) -> None:
     assert plain.temperature == 1 and fitted.n < plain.n == 250 and 0 < fitted.ece_floor < 0.2
     check_page(record)
 
+    with pytest.raises(BadEvaluation, match="probes need 2 to 200"):
+        evaluate.evaluate(scenes, EvaluationSpec(labels=str(listed), folds=200))
+    with_note = evaluate.evaluate(scenes, dataclasses.replace(spec, folds=200), classes, lambda: demo)
+    assert with_note.zero_shot == record.zero_shot and with_note.probes == ()
+    assert any(note.startswith("no probes: ") and "probes need 2 to 200" in note for note in with_note.notes)
+
 
 def check_page(record: EvaluationRecord) -> None:
     assert records.from_json(EvaluationRecord, records.to_json(record), "") == record
