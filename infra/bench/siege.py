@@ -407,7 +407,7 @@ _HOSTILE: dict[str, tuple[Made, tuple[int, ...]]] = {
     "JSON too large": (_too_large_json, (413, CLOSED)),
     "a broken chunk": (_broken_chunk, (400,)),
     "no HTTP": (_no_http, (400,)),
-    "a head too large": (lambda _: b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000, (400, CLOSED)),
+    "a head too large": (lambda _: b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000, (431, CLOSED)),
     "a wrong method": (_wrong_method, (405,)),
     "no such path": (_no_such_path, (404, 422)),
     "another host": (lambda _: b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", (403,)),
