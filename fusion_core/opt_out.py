@@ -85,8 +85,8 @@ def load(place: str, sha256: str = "") -> OptOut:
         return NOTHING
     try:
         return _read(place, sha256 or files.sha256(place))
-    except FileNotFoundError as error:
-        raise InputError(f"no opt-out list {place!r}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"no opt-out list {place!r}: name a file") from error
 
 
 @lru_cache(maxsize=1)  # a worker asks for each of its units

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import chdir, nullcontext, redirect_stdout
+from contextlib import chdir, nullcontext, redirect_stdout, suppress
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
@@ -332,13 +332,15 @@ def _judge_dead_letters(feature_table: "Table", limit: tuple[float, bool] | None
 def _status(args: argparse.Namespace, _: list[str]) -> int:
     from fusion_core import files, manifest, table
     from pipelines import status
+    from schemas.records import SchemaMismatch
 
     place = files.absolute(args.table)
     if manifest.read_spec(place) is None:
         from pipelines import schedule
 
-        if found := schedule.latest(place):
-            return _tell(schedule.text(found), found, args.json)
+        with suppress(SchemaMismatch):  # of a table's runs, whose table.json is gone
+            if found := schedule.latest(place):
+                return _tell(schedule.text(found), found, args.json)
     feature_table = table.Table.open(args.table)
     described = status.describe(feature_table)
     print(json.dumps(described) if args.json else status.text(described))

@@ -76,6 +76,8 @@ def test_what_is_no_list_is_refused(tmp_path: Path, name: str | None, data: byte
         (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=why):
         opt_out.load(str(tmp_path / (name or "absent.txt")))
+    with pytest.raises(InputError, match=r"no opt-out list .*: name a file"):
+        opt_out.load(str(tmp_path))
     with pytest.raises(InputError, match="changed while the job ran"):
         write_list(tmp_path / "list", ["a"])
         opt_out.load(str(tmp_path / "list"), "0" * 64)

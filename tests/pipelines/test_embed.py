@@ -377,6 +377,9 @@ def test_status_of_a_run_whose_launcher_died(tmp_path: Path, run: Run, capsys: p
     assert found["run"]["seconds_left"] is None, "none for who is gone"
     assert cli.main(["status", str(tmp_path / "table")]) == 0
     assert "its launcher is gone: run the same command again" in capsys.readouterr().out
+    (tmp_path / "table" / "table.json").unlink()
+    assert cli.main(["status", str(tmp_path / "table")]) == 2
+    assert "it has no table.json" in capsys.readouterr().err
 
 
 def test_beam_metrics_count_what_the_manifest_counts(tmp_path: Path) -> None:
