@@ -13,7 +13,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ _SQUARE = Preprocess(height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 class Door:
     """A reader. `seeds`: names and bytes of good files; `enter(folder, name, data)` reads `data` in place of one."""
 
-    seeds: tuple[tuple[str, bytes], ...]
+    seeds: tuple[tuple[str, bytes], ...] = field(repr=False)
     enter: Callable[[Path, str, bytes], object]
     allowed: tuple[type[Exception], ...] = ()
 
