@@ -302,6 +302,8 @@ def is_in_index(folder: str, opt_out: OptOut) -> bool:
 def _has_listed(place: str, opt_out: OptOut) -> bool:
     with files.open_input(place) as stream:
         names = pa.ipc.open_file(stream).schema.names
+        if "key" not in names:  # no index's
+            return True
         only_keys = pa.ipc.IpcReadOptions(included_fields=[names.index("key")])
         reader = pa.ipc.open_file(stream, options=only_keys)
         return any(_listed(reader.get_batch(i)["key"], opt_out).any() for i in range(reader.num_record_batches))

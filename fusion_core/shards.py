@@ -32,19 +32,7 @@ _IMAGE = tuple(f".{extension}" for extension in tars.IMAGES)
 _CAPTION = tuple(f".{extension}" for extension in tars.CAPTIONS)
 _META = f".{tars.META}"
 _SHARD = (*_TAR, *_PARQUET, *tabular.LISTING_SUFFIXES)
-_NOT_READ = (
-    ".tar.bz2",
-    ".tar.lz4",
-    ".tar.xz",
-    ".tar.zst",
-    ".tbz2",
-    ".txz",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".arrow",
-    ".feather",
-)
+_NOT_READ = (".tar.bz2", ".tar.lz4", ".tar.xz", ".tar.zst", ".tbz2", ".txz", ".zip", ".7z", ".arrow", ".feather")
 
 _MAX_EXPANSION = 1_000_000
 _FOOTERS_AHEAD = 64  # of Parquet files on an object store, where each costs round trips

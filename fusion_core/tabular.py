@@ -31,9 +31,8 @@ _RECORD_LINES = 1000  # a CSV record that spans more is an open quote
 _MARK_ROWS = 1000  # how often a row's byte offset is remembered, for the units that start behind it
 _MARKED_FILES = 8
 
-csv.field_size_limit(
-    fields.TEXT_BYTES
-)  # as long as a caption may be anywhere; Python's own limit is 131,072 characters
+# As long as a caption may be anywhere; Python's own limit is 131,072 characters.
+csv.field_size_limit(fields.TEXT_BYTES)
 
 # What pyarrow raises on damaged data. Storage failures are told apart by _Watched.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, IndexError)

@@ -304,9 +304,8 @@ class _Run:
         keys = self._opted_out
         having = [
             place
-            for place in job.index_places(output)
-            if keys.sha256
-            and versions.hold_against(place, keys.sha256, lambda folder: opt_out.is_in_index(folder, keys))
+            for place in (job.index_places(output) if keys.sha256 else ())
+            if versions.hold_against(place, keys.sha256, lambda folder: opt_out.is_in_index(folder, keys))
         ]
         files.write_bytes(output, _BASELINE, records.to_json(Baseline(self._own.id)))
         _remove_old_units(self._spec, {self._own.id})
