@@ -222,12 +222,13 @@ def _again(
     from fusion_core import shards, towers
     from pipelines import change, plan
 
-    gone = set(shards.missing(broken))
-    there = [shard for shard in broken if shard not in gone] or broken  # if all are: where one looked is said
-    for shard in sorted(gone.intersection(broken) if there is not broken else ()):
-        print(f"{shard} is gone: what is wrong with it stays as it is", file=sys.stderr)
+    gone = dict.fromkeys(shards.missing(broken))
+    if len(gone) < len(broken):  # if all are, it is said where one looked
+        broken = [shard for shard in broken if shard not in gone]
+        for shard in gone:
+            print(f"{shard} is gone: what is wrong with it stays as it is", file=sys.stderr)
     keys = _opt_out(args)
-    units = partial(shards.plan, there, spec.input) if there else tuple
+    units = partial(shards.plan, broken, spec.input) if broken else tuple
     planned = plan.compare(units, place, spec, redo=redo, keys=keys)
     return _run(args, rest, change.Job(place, spec, _named(keys), towers.absolute(args.pretrained)), planned)
 
